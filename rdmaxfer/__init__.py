@@ -1,0 +1,79 @@
+"""Move numpy frames between Python processes over RDMA, with no copy.
+
+    with rdmaxfer.Receiver() as receiver:
+        receiver.bind("tcp://0.0.0.0:7471")
+        for frame in receiver:
+            with frame:
+                print(frame.seq, frame.array.shape)
+
+    with rdmaxfer.Sender() as sender:
+        sender.connect("tcp://10.0.0.2:7471")
+        sender.push(image)
+        sender.flush()
+
+Importing this package loads neither pyverbs nor libibverbs: they are loaded at the first `bind` or `connect`.
+"""
+
+from rdmaxfer.errors import (
+    ClosedError,
+    ConnectTimeout,
+    DeviceError,
+    EndOfStream,
+    EndpointError,
+    ForkedError,
+    FrameError,
+    FrameReleased,
+    FrameTooLarge,
+    LocalProtocolError,
+    MemlockError,
+    NoDevice,
+    NotConnected,
+    PeerError,
+    PeerLost,
+    RdmaxferError,
+    Refused,
+    RemoteProtocolError,
+    TimeoutExpired,
+    UnsupportedDtype,
+    VerbsError,
+    VerbsUnavailable,
+)
+from rdmaxfer.lease import Frame, Slot
+from rdmaxfer.receiver import Receiver, ReceiverStatistics
+from rdmaxfer.sender import Sender, SenderStatistics
+from rdmaxfer.staging import Registration
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ClosedError",
+    "ConnectTimeout",
+    "DeviceError",
+    "EndOfStream",
+    "EndpointError",
+    "ForkedError",
+    "Frame",
+    "FrameError",
+    "FrameReleased",
+    "FrameTooLarge",
+    "LocalProtocolError",
+    "MemlockError",
+    "NoDevice",
+    "NotConnected",
+    "PeerError",
+    "PeerLost",
+    "RdmaxferError",
+    "Receiver",
+    "ReceiverStatistics",
+    "Refused",
+    "Registration",
+    "RemoteProtocolError",
+    "Sender",
+    "SenderStatistics",
+    "Slot",
+    "TimeoutExpired",
+    "UnsupportedDtype",
+    "VerbsError",
+    "VerbsUnavailable",
+    "__version__",
+]

@@ -1,0 +1,146 @@
+/* The native core: what Python can't do fast, or can't do without holding the interpreter.
+ *
+ * It lives on an ibv_pd that pyverbs opened and registered memory on, and adds a completion channel, one CQ and one RC
+ * QP for each connection. It holds no policy, no protocol and no global state.
+ *
+ * - libibverbs is opened at run time and never linked, so that one build works on machines with and without it. Its
+ *   headers are needed at build time because posting and polling are inline functions over a table of pointers.
+ * - Every function that can fail returns a count or 0, or a negative errno, and then says in *error which verb failed.
+ * - Threads: different QPs are independent. On one QP, posts and polls may come from any threads at once; rx_wait from
+ *   one thread at a time (polls beside it are fine); create, modify and destroy exclude everything else on that QP.
+ * - No call allocates memory but rx_open and rx_qp_create (and rx_wait above 64 QPs).
+ */
+#ifndef RDMAXFER_VERBS_H
+#define RDMAXFER_VERBS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+typedef struct rx_lib rx_lib; /* libibverbs' entry points; lives as long as the process */
+typedef struct rx_qp rx_qp;   /* completion channel + CQ + RC QP */
+
+typedef struct {
+    char verb[40];
+    int err; /* positive errno */
+} rx_error;
+
+/* In: wanted. Out: granted (devices round up). The send queue gets one place more than asked for, so that the last
+ * work request of a drain always fits. */
+typedef struct {
+    uint32_t cqe;
+    uint32_t send_wr;
+    uint32_t recv_wr;
+    uint32_t max_inline;
+} rx_caps;
+
+/* What INIT -> RTR needs to know of the peer. Numbers are in host order. */
+typedef struct {
+    uint32_t dest_qp_num; /* 24 bits */
+    uint32_t rq_psn;      /* 24 bits */
+    uint32_t path_mtu;    /* bytes: 256, 512, 1024, 2048 or 4096 */
+    uint32_t port_num;
+    uint32_t sgid_index;
+    uint32_t is_global; /* RoCE: 1, with dgid. InfiniBand: 0, with dlid */
+    uint32_t dlid;      /* 16 bits */
+    uint32_t hop_limit;
+    uint32_t traffic_class;
+    uint32_t sl;
+    uint32_t min_rnr_timer;
+    uint32_t max_dest_rd_atomic;
+    uint8_t dgid[16];
+} rx_path;
+
+/* What RTR -> RTS needs. */
+typedef struct {
+    uint32_t sq_psn; /* 24 bits */
+    uint32_t timeout;
+    uint32_t retry_cnt;
+    uint32_t rnr_retry;
+    uint32_t max_rd_atomic;
+} rx_retry;
+
+#define RX_WRITE 0
+#define RX_WRITE_IMM 1
+#define RX_SEND 2
+
+#define RX_SIGNALED 1
+#define RX_INLINE 2
+#define RX_SOLICITED 4
+
+#define RX_REMOTE_WRITE 1
+
+typedef struct {
+    uint64_t wr_id; /* 63 bits: the top one belongs to the core */
+    uint64_t addr[2];
+    uint32_t length[2];
+    uint32_t lkey[2];
+    uint32_t num_sge; /* 0..2 */
+    uint32_t opcode;
+    uint32_t flags;
+    uint32_t imm; /* host order */
+    uint64_t remote_addr;
+    uint32_t rkey;
+    uint32_t reserved;
+} rx_send_wr;
+
+typedef struct {
+    uint64_t wr_id; /* 63 bits */
+    uint64_t addr;
+    uint32_t length; /* 0: a RECV without a buffer */
+    uint32_t lkey;
+} rx_recv_wr;
+
+/* wr_id, status, vendor_err, index and is_recv always hold; the others only where status is 0. */
+typedef struct {
+    uint64_t wr_id;
+    uint32_t status;
+    uint32_t opcode; /* enum ibv_wc_opcode */
+    uint32_t byte_len;
+    uint32_t imm; /* host order */
+    uint32_t has_imm;
+    uint32_t vendor_err;
+    uint32_t index; /* which of the QPs that were polled */
+    uint32_t is_recv;
+} rx_wc;
+
+/* NULL, with a sentence in message, where the library or one of its symbols is missing. */
+rx_lib *rx_open(const char *path, char *message, size_t size);
+
+/* To be called before the first registration. On kernels that copy pinned pages on fork it does nothing. */
+int rx_fork_init(rx_lib *lib, rx_error *error);
+
+int rx_qp_create(rx_lib *lib, void *pd, rx_caps *caps, rx_qp **out, rx_error *error);
+int rx_qp_to_init(rx_qp *qp, uint32_t port_num, uint32_t access, rx_error *error);
+int rx_qp_to_rtr(rx_qp *qp, const rx_path *path, rx_error *error);
+int rx_qp_to_rts(rx_qp *qp, const rx_retry *retry, rx_error *error);
+int rx_qp_to_err(rx_qp *qp, rx_error *error);
+
+/* Frees *qp and returns 0, or destroys what it can and returns an error: then it may be called again. */
+int rx_qp_destroy(rx_qp *qp, rx_error *error);
+
+uint32_t rx_qp_num(const rx_qp *qp);
+/* RECVs that were posted and have not been polled. */
+uint32_t rx_qp_receives(const rx_qp *qp);
+int rx_qp_fd(const rx_qp *qp);
+
+/* Post in order, one doorbell for each 64. *posted says how many work requests belong to the device until their
+ * completion (or the QP's destruction), also when an error is returned. */
+int rx_post_send(rx_qp *qp, const rx_send_wr *wrs, int n, int *posted, rx_error *error);
+int rx_post_recv(rx_qp *qp, const rx_recv_wr *wrs, int n, int *posted, rx_error *error);
+
+/* Up to max completions of n QPs, beginning with qps[first % n], so that a caller who moves `first` on is fair. */
+int rx_poll(rx_qp **qps, int n, int first, rx_wc *out, int max, rx_error *error);
+
+/* The same, but if there are none: spin for up to spin_ns; then arm every CQ, look once more, and sleep on all the
+ * completion channels and on wake_fd (an eventfd, or -1), until timeout_ns (< 0: for ever) after the call.
+ * 0 means timeout, wake (then the eventfd was drained) or a signal, whose handler runs when the caller is back in Python. */
+int rx_wait(rx_qp **qps, int n, int first, int wake_fd, uint64_t spin_ns, int64_t timeout_ns, rx_wc *out, int max,
+            rx_error *error);
+
+/* Copy n <= 4096 bytes of this process's memory: -EFAULT, not a crash, where it can't be read. */
+int rx_read_safely(uint64_t address, void *out, size_t n);
+
+/* Where struct ibv_context keeps cmd_fd: the check that a pointer really is an ibv_pd reads it. */
+size_t rx_context_cmd_fd_offset(void);
+
+#endif

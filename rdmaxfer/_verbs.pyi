@@ -1,0 +1,6 @@
+"""The cffi extension that CMake builds from `_native/`."""
+
+from typing import Any
+
+ffi: Any
+lib: Any

@@ -1,0 +1,534 @@
+"""Verbs resources: device and protection domain and memory through pyverbs, queue pairs through the native core.
+
+    with Domain(route) as domain, domain.protection_domain() as pd:
+        endpoint = Endpoint(pd, route, send_depth=64, recv_depth=64, remote_write=True)   # INIT, receives posted
+        ... endpoint.address goes to the peer, the peer's comes back ...
+        endpoint.connect(qp_num=..., psn=..., gid=..., lid=..., path_mtu=...)              # RTR, RTS
+"""
+
+from __future__ import annotations
+
+import logging
+import resource
+import secrets
+import time
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rdmaxfer.errors import MemlockError, NoDevice, VerbsError
+from rdmaxfer.fabric import bridge, native
+from rdmaxfer.fabric.devices import ETHERNET, Route
+from rdmaxfer.fabric.owner import Owner
+from rdmaxfer.memory import Buffer
+
+log = logging.getLogger("rdmaxfer")
+
+MAX_SEND = 64
+"""Bytes that `send_inline` takes."""
+
+# Attributes of a connection, ibv_modify_qp(3).
+TIMEOUT = 14  # 4.096 us * 2**14 = 67 ms until the first retry
+RETRY_CNT = 7
+RNR_RETRY = 7  # for ever: receives are posted before credit is given, and the application has deadlines
+MIN_RNR_TIMER = 12  # 0.64 ms
+HOP_LIMIT = 64
+
+_SENTINEL = (1 << 63) - 1
+"""wr_id of the work request that ends a drain."""
+
+_CAP_IPC_LOCK = 14  # linux/capability.h
+
+
+class Domain(Owner):
+    """An open device."""
+
+    def __init__(self, device: Route | str) -> None:
+        super().__init__()
+        self.name = device if isinstance(device, str) else device.device
+        verbs = bridge.pyverbs()
+        _fork_init()
+        try:
+            self._context = verbs.device.Context(name=self.name)
+        except Exception as error:
+            if not _is_pyverbs(error):
+                raise
+            if "find device" in str(error):
+                raise NoDevice(f"there is no RDMA device {self.name!r}.", fix="`rdmaxfer devices` lists those there are.") from error
+            raise bridge.verbs_error(error, "ibv_open_device") from error
+        self._opened()
+
+    def __repr__(self) -> str:
+        return f"<Domain {self.name}>"
+
+    def protection_domain(self) -> ProtectionDomain:
+        """A new protection domain: what is registered in one is out of reach of another's queue pairs."""
+        return ProtectionDomain(self)
+
+    def _pyverbs_objects(self) -> tuple[Any, ...]:
+        return (self._context,)
+
+    def _destroy(self) -> None:
+        _close(self._context, "ibv_close_device")
+
+
+class ProtectionDomain(Owner):
+    """Memory regions and queue pairs that may work together."""
+
+    def __init__(self, domain: Domain) -> None:
+        super().__init__(domain)
+        self.domain = domain
+        try:
+            self._pd = bridge.pyverbs().pd.PD(domain._context)
+        except Exception as error:
+            if not _is_pyverbs(error):
+                raise
+            raise bridge.verbs_error(error, "ibv_alloc_pd") from error
+        try:
+            self._pointer = bridge.pd_pointer(self._pd, domain._context)
+        except BaseException:
+            _close(self._pd, "ibv_dealloc_pd")
+            raise
+        self._opened()
+
+    def __repr__(self) -> str:
+        return f"<ProtectionDomain of {self.domain.name}>"
+
+    def register(self, buffer: Buffer, *, remote_write: bool) -> Region:
+        """Register a buffer. `remote_write` lets the peers of this domain's endpoints write to it."""
+        return self.register_memory(buffer.address, buffer.nbytes, buffer, remote_write=remote_write)
+
+    def register_memory(self, address: int, nbytes: int, keepalive: object, *, remote_write: bool) -> Region:
+        """Register memory that `keepalive` keeps. Raises MemlockError, VerbsError."""
+        return Region(self, address, nbytes, keepalive, remote_write=remote_write)
+
+    def _pyverbs_objects(self) -> tuple[Any, ...]:
+        return (self._pd,)
+
+    def _destroy(self) -> None:
+        _close(self._pd, "ibv_dealloc_pd")
+
+
+class Region(Owner):
+    """Registered memory. It holds the memory, so that nobody frees what the device may still write to."""
+
+    def __init__(self, pd: ProtectionDomain, address: int, nbytes: int, keepalive: object, *, remote_write: bool) -> None:
+        super().__init__(pd)
+        self.address = address
+        self.nbytes = nbytes
+        self._keepalive = keepalive
+        access = bridge.enum_value("IBV_ACCESS_LOCAL_WRITE")
+        if remote_write:
+            access |= bridge.enum_value("IBV_ACCESS_REMOTE_WRITE")
+        _check_memlock(nbytes)
+        try:
+            self._mr = bridge.pyverbs().mr.MR(pd._pd, max(nbytes, 1), access, address=address)
+        except Exception as error:
+            if not _is_pyverbs(error):
+                raise
+            failed = bridge.verbs_error(error, "ibv_reg_mr")
+            raise (_no_memory(nbytes) if failed.errno == 12 else failed) from error  # 12: ENOMEM
+        self.lkey: int = self._mr.lkey
+        self.rkey: int = self._mr.rkey
+        self._opened()
+
+    def __repr__(self) -> str:
+        return f"<Region {self.nbytes} bytes at {self.address:#x}>"
+
+    def _pyverbs_objects(self) -> tuple[Any, ...]:
+        return (self._mr,)
+
+    def _destroy(self) -> None:
+        _close(self._mr, "ibv_dereg_mr")
+        self._keepalive = None
+
+
+@dataclass(frozen=True)
+class EndpointAddress:
+    """What the peer needs to know of an endpoint. `active_mtu` is in bytes."""
+
+    qp_num: int
+    psn: int
+    gid: bytes
+    lid: int
+    link_layer: str
+    active_mtu: int
+    max_msg_sz: int
+    device: str
+
+
+class Endpoint(Owner):
+    """One end of a reliable connection: a queue pair with its own completion queue and channel.
+
+    Posting reuses prepared work requests, so one thread at a time. `remote_write` lets the peer write to this domain's memory
+    that was registered so. After the constructor every receive is posted, with the wr_ids 0 to `recv_depth` - 1.
+    """
+
+    def __init__(
+        self,
+        pd: ProtectionDomain,
+        route: Route,
+        *,
+        send_depth: int,
+        recv_depth: int,
+        recv_bytes: int = 0,
+        remote_write: bool,
+    ) -> None:
+        super().__init__(pd)
+        self.pd = pd
+        self.route = route
+        self.send_depth = send_depth
+        self.recv_depth = recv_depth
+        self._recv_bytes = recv_bytes
+        self._psn = secrets.randbits(24)
+        self._max_msg_sz = route.max_msg_sz
+        self._ffi, self._lib = native.extension().ffi, native.extension().lib
+        self._error = self._ffi.new("rx_error *")
+        self._posted = self._ffi.new("int *")
+        with ExitStack() as undo:
+            self._scratch = Buffer(recv_depth * recv_bytes + (send_depth + 1) * MAX_SEND)
+            self._scratch_view = self._scratch.view(0, self._scratch.nbytes)
+            self._region = pd.register(self._scratch, remote_write=False)
+            undo.callback(self._region.close)
+            self._qp = self._create()
+            undo.callback(lambda: self._lib.rx_qp_destroy(self._qp, self._error))
+            access = self._lib.RX_REMOTE_WRITE if remote_write else 0
+            self._check(self._lib.rx_qp_to_init(self._qp, route.port, access, self._error))
+            self.qp_num: int = self._lib.rx_qp_num(self._qp)
+            self._prepare()
+            # Posted while in INIT: in RESET it fails, and after RTR the peer's first write might find none.
+            self.repost_recv(range(recv_depth))
+            undo.pop_all()
+        self._opened()
+
+    def __repr__(self) -> str:
+        return f"<Endpoint QP {getattr(self, 'qp_num', '-')} on {self.route.device}>"
+
+    @property
+    def address(self) -> EndpointAddress:
+        """What to tell the peer."""
+        route = self.route
+        return EndpointAddress(
+            qp_num=self.qp_num,
+            psn=self._psn,
+            gid=route.gid,
+            lid=route.lid,
+            link_layer=route.link_layer,
+            active_mtu=route.active_mtu,
+            max_msg_sz=route.max_msg_sz,
+            device=route.device,
+        )
+
+    def connect(self, *, qp_num: int, psn: int, gid: bytes, lid: int, path_mtu: int, max_msg_sz: int = 0) -> None:
+        """Connect to the peer's endpoint. `path_mtu` is the smaller of both active MTUs; `max_msg_sz` the peer's, if known."""
+        self._check_open()
+        if len(gid) != 16:
+            raise ValueError(f"a GID has 16 bytes, not {len(gid)}")
+        path = self._ffi.new("rx_path *")
+        path.dest_qp_num = qp_num
+        path.rq_psn = psn
+        path.path_mtu = path_mtu
+        path.port_num = self.route.port
+        path.sgid_index = self.route.gid_index
+        path.is_global = self.route.link_layer == ETHERNET
+        path.dlid = lid
+        path.hop_limit = HOP_LIMIT
+        path.min_rnr_timer = MIN_RNR_TIMER
+        path.max_dest_rd_atomic = 1
+        path.dgid = list(gid)
+        self._check(self._lib.rx_qp_to_rtr(self._qp, path, self._error))
+        retry = self._ffi.new("rx_retry *")
+        retry.sq_psn = self._psn
+        retry.timeout = TIMEOUT
+        retry.retry_cnt = RETRY_CNT
+        retry.rnr_retry = RNR_RETRY
+        retry.max_rd_atomic = 1
+        self._check(self._lib.rx_qp_to_rts(self._qp, retry, self._error))
+        self._max_msg_sz = min(self.route.max_msg_sz, max_msg_sz or self.route.max_msg_sz)
+
+    # --- posting ---
+
+    def wr_count(self, nbytes: int) -> int:
+        """Work requests that a `write` of `nbytes`, header and payload together, takes."""
+        return max(1, -(-nbytes // self._max_msg_sz))
+
+    def write(
+        self,
+        header_address: int,
+        header_bytes: int,
+        header_lkey: int,
+        address: int,
+        nbytes: int,
+        lkey: int,
+        remote_address: int,
+        rkey: int,
+        imm: int,
+        wr_id: int,
+        signaled: bool,
+    ) -> None:
+        """Write header and payload, gathered, to `remote_address`; the peer sees the immediate after all of it.
+
+        One work request, or `wr_count` of them with the same wr_id, of which only the last carries the immediate and the signal.
+        """
+        if header_bytes + nbytes > self._max_msg_sz:
+            self._write_split(
+                header_address, header_bytes, header_lkey, address, nbytes, lkey, remote_address, rkey, imm, wr_id, signaled
+            )
+            return
+        wr, addr, length, keys = self._wr, self._wr_addr, self._wr_length, self._wr_lkey
+        wr.wr_id = wr_id
+        addr[0], length[0], keys[0] = header_address, header_bytes, header_lkey
+        if nbytes:
+            addr[1], length[1], keys[1] = address, nbytes, lkey
+            wr.num_sge = 2
+        else:
+            wr.num_sge = 1
+        wr.opcode = self._write_imm_opcode
+        wr.flags = self._signaled if signaled else 0
+        wr.imm = imm
+        wr.remote_addr = remote_address
+        wr.rkey = rkey
+        self.post_send(wr, 1)
+
+    def _write_split(
+        self,
+        header_address: int,
+        header_bytes: int,
+        header_lkey: int,
+        address: int,
+        nbytes: int,
+        lkey: int,
+        remote_address: int,
+        rkey: int,
+        imm: int,
+        wr_id: int,
+        signaled: bool,
+    ) -> None:
+        total = header_bytes + nbytes
+        count = self.wr_count(total)
+        wrs = self._ffi.new("rx_send_wr[]", count)
+        for i in range(count):
+            start = i * self._max_msg_sz
+            end = min(start + self._max_msg_sz, total)
+            wr = wrs[i]
+            wr.wr_id = wr_id
+            pieces = (
+                (header_address + start, min(end, header_bytes) - start, header_lkey),
+                (address + max(start - header_bytes, 0), end - max(start, header_bytes), lkey),
+            )
+            for sge_address, sge_bytes, key in pieces:
+                if sge_bytes > 0:
+                    at = wr.num_sge
+                    wr.addr[at], wr.length[at], wr.lkey[at] = sge_address, sge_bytes, key
+                    wr.num_sge = at + 1
+            wr.remote_addr = remote_address + start
+            wr.rkey = rkey
+            wr.opcode = self._lib.RX_WRITE
+        last = wrs[count - 1]
+        last.opcode = self._write_imm_opcode
+        last.imm = imm
+        last.flags = self._signaled if signaled else 0
+        self.post_send(wrs, count)
+
+    def write_empty(self, wr_id: int) -> None:
+        """A WRITE of nothing, signalled: its completion follows those of all that was posted before."""
+        self._post_empty(self._lib.RX_WRITE, 0, wr_id)
+
+    def write_imm(self, imm: int, wr_id: int) -> None:
+        """A WRITE_WITH_IMM of nothing, signalled: the peer sees the immediate after all that was posted before."""
+        self._post_empty(self._write_imm_opcode, imm, wr_id)
+
+    def _post_empty(self, opcode: int, imm: int, wr_id: int) -> None:
+        wr = self._wr
+        wr.wr_id = wr_id
+        wr.num_sge = 0
+        wr.opcode = opcode
+        wr.flags = self._signaled
+        wr.imm = imm
+        wr.remote_addr = 0
+        wr.rkey = 0
+        self.post_send(wr, 1)
+
+    def send_inline(self, data: bytes, wr_id: int, signaled: bool) -> None:
+        """Send a message of at most MAX_SEND bytes. It is copied at once, also where the device has no inline data."""
+        size = len(data)
+        if size > MAX_SEND:
+            raise ValueError(f"a message of {size} bytes is above {MAX_SEND}")
+        # A slot for each place in the send queue, used in turn: it is free again before its turn comes.
+        offset = self._send_base + self._send_turn * MAX_SEND
+        self._send_turn = (self._send_turn + 1) % (self.send_depth + 1)
+        self._scratch_view[offset : offset + size] = data
+        wr = self._wr
+        wr.wr_id = wr_id
+        self._wr_addr[0], self._wr_length[0], self._wr_lkey[0] = self._scratch.address + offset, size, self._region.lkey
+        wr.num_sge = 1 if size else 0
+        wr.opcode = self._lib.RX_SEND
+        wr.flags = (self._signaled if signaled else 0) | (self._inline if size else 0)
+        self.post_send(wr, 1)
+
+    def post_send(self, wrs: Any, n: int) -> None:
+        """Post `n` work requests of an `rx_send_wr` array, in order, with one doorbell for each 64."""
+        if self._state != "open":
+            self._check_open()
+        if self._lib.rx_post_send(self._qp, wrs, n, self._posted, self._error):
+            self._check(-1)
+
+    def repost_recv(self, wr_ids: Iterable[int]) -> None:
+        """Post receives (again), with one doorbell for each 64."""
+        n = 0
+        for wr_id in wr_ids:
+            self._recv_batch[n] = self._recv_wrs[wr_id]
+            n += 1
+        if n and self._lib.rx_post_recv(self._qp, self._recv_batch, n, self._posted, self._error):
+            self._check(-1)
+
+    def recv_payload(self, wr_id: int, nbytes: int) -> bytes:
+        """A copy of what the receive `wr_id` took; before it is posted again."""
+        if not 0 <= nbytes <= self._recv_bytes:
+            raise ValueError(f"{nbytes} bytes are not within a receive buffer of {self._recv_bytes}")
+        start = wr_id * self._recv_bytes
+        return bytes(self._scratch_view[start : start + nbytes])
+
+    @property
+    def max_inline(self) -> int:
+        """Bytes that the device takes inline: 0 or at least MAX_SEND."""
+        return self._max_inline
+
+    # --- end ---
+
+    def to_error(self) -> None:
+        """Cancel everything outstanding: it completes with WC_WR_FLUSH_ERR. The peer sees WC_RETRY_EXC_ERR when it writes."""
+        self._check_open()
+        self._check(self._lib.rx_qp_to_err(self._qp, self._error))
+
+    def drain(self, timeout_s: float) -> bool:
+        """Cancel everything outstanding and take its completions. True if all of them came; a device's errors only make it False.
+
+        Unsignalled work requests that succeeded have no completion, so a last one is posted: queues are flushed in order. The
+        completions are dropped: handle what matters before. Nobody else may poll this endpoint meanwhile.
+        """
+        self._check_open()
+        ffi, lib, qp, error = self._ffi, self._lib, self._qp, self._error
+        if lib.rx_qp_to_err(qp, error):
+            return False
+        sentinel = ffi.new("rx_send_wr *")
+        sentinel.wr_id = _SENTINEL
+        sentinel.opcode = lib.RX_SEND
+        sentinel.flags = lib.RX_SIGNALED
+        qps, wcs = ffi.new("rx_qp *[]", [qp]), ffi.new("rx_wc[]", 64)
+        posted = ended = False
+        deadline = time.monotonic() + timeout_s
+        while True:
+            if not posted:  # tried again, should the send queue have been full
+                posted = lib.rx_post_send(qp, sentinel, 1, self._posted, error) == 0
+            left = deadline - time.monotonic()
+            count = lib.rx_wait(qps, 1, 0, -1, 0, max(0, int(min(left, 0.01) * 1e9)), wcs, 64, error)
+            if count < 0:
+                return False
+            ended = ended or any(wcs[i].wr_id == _SENTINEL and not wcs[i].is_recv for i in range(count))
+            if ended and not lib.rx_qp_receives(qp):
+                return True
+            if left <= 0:
+                return False
+
+    def _destroy(self) -> None:
+        self._check(self._lib.rx_qp_destroy(self._qp, self._error))
+        self._region.close()
+
+    # --- making ---
+
+    def _create(self) -> Any:
+        ffi, lib = self._ffi, self._lib
+        out = ffi.new("rx_qp **")
+        caps = ffi.new("rx_caps *")
+        pd = ffi.cast("void *", self.pd._pointer)
+        for inline in (MAX_SEND, 0):  # a device without inline data refuses to create such a queue pair
+            caps.send_wr, caps.recv_wr, caps.max_inline = self.send_depth, self.recv_depth, inline
+            caps.cqe = self.send_depth + 1 + self.recv_depth
+            rc = lib.rx_qp_create(native.library(), pd, caps, out, self._error)
+            if rc == 0:
+                break
+        self._check(rc)
+        self._max_inline = caps.max_inline if caps.max_inline >= MAX_SEND else 0
+        return out[0]
+
+    def _prepare(self) -> None:
+        ffi, lib = self._ffi, self._lib
+        self._wr = ffi.new("rx_send_wr *")
+        self._wr_addr, self._wr_length, self._wr_lkey = self._wr.addr, self._wr.length, self._wr.lkey
+        self._write_imm_opcode: int = lib.RX_WRITE_IMM
+        self._signaled: int = lib.RX_SIGNALED
+        self._inline: int = lib.RX_INLINE if self._max_inline else 0
+        self._send_base = self.recv_depth * self._recv_bytes
+        self._send_turn = 0
+        self._recv_wrs = ffi.new("rx_recv_wr[]", self.recv_depth)
+        self._recv_batch = ffi.new("rx_recv_wr[]", self.recv_depth)
+        for i in range(self.recv_depth):
+            wr = self._recv_wrs[i]
+            wr.wr_id = i
+            wr.addr = self._scratch.address + i * self._recv_bytes
+            wr.length = self._recv_bytes
+            wr.lkey = self._region.lkey
+
+    def _check(self, rc: int) -> None:
+        native.check(rc, self._error)
+
+
+# --- errors of pyverbs, and limits -------------------------------------------------------------------------------------
+
+
+def _is_pyverbs(error: Exception) -> bool:
+    return type(error).__module__.startswith("pyverbs")
+
+
+def _close(thing: Any, verb: str) -> None:
+    try:
+        thing.close()
+    except Exception as error:
+        if not _is_pyverbs(error):
+            raise
+        raise bridge.verbs_error(error, verb) from error
+
+
+_fork_initialized = False
+
+
+def _fork_init() -> None:
+    global _fork_initialized
+    if _fork_initialized:
+        return
+    error = native.extension().ffi.new("rx_error *")
+    try:
+        native.check(native.extension().lib.rx_fork_init(native.library(), error), error)
+    except VerbsError as failed:
+        log.warning("memory may be lost when this process forks: %s", failed)
+    _fork_initialized = True
+
+
+def _may_lock_any_amount() -> bool:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("CapEff:"):
+            return bool(int(line.split()[1], 16) >> _CAP_IPC_LOCK & 1)
+    return False
+
+
+def _check_memlock(nbytes: int) -> None:
+    """Registering locks memory; the kernel's own answer would be a bare ENOMEM."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if limit != resource.RLIM_INFINITY and nbytes > limit and not _may_lock_any_amount():
+        raise _no_memory(nbytes)
+
+
+def _no_memory(nbytes: int) -> VerbsError:
+    limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if limit == resource.RLIM_INFINITY:
+        return native.verbs_error("ibv_reg_mr", 12, f"{nbytes} bytes; the limit on locked memory is not the cause")
+    return MemlockError(
+        f"{nbytes} bytes can't be registered: this process may lock {limit} bytes of memory (`ulimit -l` says {limit // 1024} KiB).",
+        verb="ibv_reg_mr",
+        errno=12,
+        fix="raise the limit: a line '* - memlock unlimited' in /etc/security/limits.d/rdma.conf and a new login, "
+        "LimitMEMLOCK=infinity in a systemd unit, --ulimit memlock=-1 for docker and podman; or use fewer or smaller slots.",
+    )

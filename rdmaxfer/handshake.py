@@ -1,0 +1,206 @@
+"""How a Sender or Receiver answers the control plane: one handler for each bound endpoint, one for each `connect`.
+
+Everything here but `Connector.prepare` and `Connector.outcome` runs on the control thread, and decides by the node's own settings what the two
+sides agree on: fabric, GID, path MTU, slots, slot bytes.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from rdmaxfer.cm import messages
+from rdmaxfer.cm.messages import Accept, Hello, Ready, Refuse, RefuseCode, Resize, Resized, RingAddress, Started
+from rdmaxfer.errors import DeviceError, NoDevice, PeerLost, RdmaxferError, Refused, RemoteProtocolError
+from rdmaxfer.fabric.route import gid_to_ip
+from rdmaxfer.link import Link, LinkState
+
+if TYPE_CHECKING:
+    from rdmaxfer.fabric.verbs import Endpoint
+    from rdmaxfer.node import Node
+
+L = TypeVar("L", bound=Link)
+
+
+def verbs_address(endpoint: Endpoint) -> messages.VerbsAddress:
+    """What the peer must know of this queue pair."""
+    a = endpoint.address
+    return messages.VerbsAddress(
+        device=a.device,
+        gid=a.gid,
+        lid=a.lid,
+        qp_num=a.qp_num,
+        psn=a.psn,
+        link_layer=a.link_layer,
+        active_mtu=a.active_mtu,
+        max_msg_sz=a.max_msg_sz,
+    )
+
+
+def refusal(message: Hello | Ready | Resize, code: RefuseCode, error: Exception | str, *, limit: int = 0) -> Refuse:
+    """A REFUSE that answers `message`."""
+    fix = getattr(error, "fix", "")
+    text = str(error).removesuffix(f" Fix: {fix}")
+    return Refuse(
+        session=message.session, request=message.request, code=code, message=text[:1024], fix=fix[:1024], limit=limit
+    )
+
+
+class Acceptor(Generic[L]):
+    """Answers the peers of one bound endpoint (`rdmaxfer.cm.protocol.ServerHandler`)."""
+
+    def __init__(self, node: Node[L]) -> None:
+        self._node = node
+        self._links: dict[bytes, L] = {}
+
+    def hello(self, hello: Hello, peer: str) -> Accept | Refuse:
+        node = self._node
+        if node.closed:
+            return refusal(hello, RefuseCode.CLOSING, "this side is closing.")
+        if hello.role == node.role:
+            return refusal(
+                hello,
+                RefuseCode.ROLE,
+                f"both sides are a {node.role}; a sender connects to a receiver and a receiver to a sender.",
+            )
+        theirs = hello.fabrics[0]
+        try:
+            route = node.route(str(gid_to_ip(theirs.gid)) if theirs.link_layer == "ethernet" else None)
+            if route.link_layer != theirs.link_layer:
+                raise NoDevice(
+                    f"the link layers differ: {route.device} here is {route.link_layer}, {theirs.device} there is {theirs.link_layer}.",
+                    fix="choose devices on the same network with device=...",
+                )
+            link = node.open_link(hello.session, hello.name, route)
+        except DeviceError as error:
+            return refusal(hello, RefuseCode.FABRIC, error)
+        try:
+            mine = verbs_address(link.endpoint)
+            slots, slot_bytes, max_slot_bytes = node.agree(hello)
+            path_mtu = min(mine.active_mtu, theirs.active_mtu)
+            max_msg_sz = min(mine.max_msg_sz, theirs.max_msg_sz)
+            node.prepare_link(link, theirs, path_mtu=path_mtu, max_msg_sz=max_msg_sz, max_slot_bytes=max_slot_bytes)
+            ring = node.make_ring(link, slots, slot_bytes)
+        except BaseException as error:
+            node.retire(link)
+            if isinstance(error, DeviceError):
+                return refusal(hello, RefuseCode.FABRIC, error)
+            raise
+        self._links[hello.session] = link
+        return Accept(
+            session=hello.session,
+            request=hello.request,
+            role=node.role,
+            fabric=mine,
+            reason=route.reason[:1024],
+            path_mtu=path_mtu,
+            max_msg_sz=max_msg_sz,
+            slots=slots,
+            slot_bytes=slot_bytes,
+            max_slot_bytes=max_slot_bytes,
+            lease_s=min(hello.lease_s, node.lease_s),
+            name=node.name,
+            ring=ring,
+        )
+
+    def ready(self, session: bytes, ready: Ready) -> Started | Refuse:
+        link = self._links[session]
+        try:
+            self._node.use_ring(link, ready.ring)
+        except RemoteProtocolError as error:
+            return refusal(ready, RefuseCode.MALFORMED, error)
+        self._node.activate(link)
+        return Started(session=session, request=ready.request)
+
+    def resize(self, session: bytes, resize: Resize) -> Resized | Refuse:
+        link = self._links[session]
+        try:
+            ring = self._node.resize(link, resize.wanted_bytes, resize.ring)
+        except RemoteProtocolError as error:
+            return refusal(resize, RefuseCode.MALFORMED, error)
+        except RdmaxferError as error:
+            return refusal(resize, RefuseCode.FRAME_TOO_LARGE, error, limit=self._node.slot_limit(link))
+        return Resized(session=session, request=resize.request, ring=ring)
+
+    def gone(self, session: bytes, reason: str, graceful: bool) -> None:
+        link = self._links.pop(session, None)
+        if link is not None:
+            error = None if graceful else PeerLost(f"{link.peer} is gone: {reason}")
+            self._node.session_ended(link, error)
+
+    def failed(self, error: BaseException) -> None:
+        self._node.control_failed(error)
+
+
+class Connector(Generic[L]):
+    """Drives one `connect` (`rdmaxfer.cm.protocol.ClientHandler`)."""
+
+    hello: Hello
+    link: L
+
+    def __init__(self, node: Node[L]) -> None:
+        self._node = node
+        self._error: RdmaxferError | None = None
+        self._ended = False
+
+    def prepare(self, host: str) -> None:
+        """Make the queue pair, on the caller's thread. Raises NoDevice, VerbsUnavailable, VerbsError."""
+        node = self._node
+        session = secrets.token_bytes(16)
+        self.link = node.open_link(session, host, node.route(host))
+        self.link.chosen_here = True
+        slots, slot_bytes, max_slot_bytes = node.wishes()
+        self.hello = Hello(
+            session=session,
+            request=0,
+            role=node.role,
+            fabrics=[verbs_address(self.link.endpoint)],
+            slots=slots,
+            slot_bytes=slot_bytes,
+            max_slot_bytes=max_slot_bytes,
+            lease_s=node.lease_s,
+            name=node.name,
+        )
+
+    def outcome(self) -> bool | None:
+        """True once connected, None while under way; raises what ended the attempt. With the node's lock held."""
+        if self._error is not None:
+            raise self._error
+        if self.link.state is not LinkState.OPENING:
+            return True
+        return None
+
+    def accepted(self, accept: Accept) -> RingAddress | None:
+        node, link = self._node, self.link
+        if accept.role == node.role:
+            raise Refused(f"both sides are a {node.role}.", code=RefuseCode.ROLE.value)
+        mine = verbs_address(link.endpoint)
+        if accept.fabric.link_layer != mine.link_layer:
+            raise RemoteProtocolError("the peer chose a device of another link layer")
+        if accept.path_mtu > min(mine.active_mtu, accept.fabric.active_mtu) or accept.max_msg_sz > mine.max_msg_sz:
+            raise RemoteProtocolError("the peer chose a larger path MTU or message size than this side has")
+        node.check_agreed(accept)
+        link.peer = accept.name
+        node.prepare_link(
+            link,
+            accept.fabric,
+            path_mtu=accept.path_mtu,
+            max_msg_sz=accept.max_msg_sz,
+            max_slot_bytes=accept.max_slot_bytes,
+        )
+        ring = node.make_ring(link, accept.slots, accept.slot_bytes)
+        node.use_ring(link, accept.ring)
+        return ring
+
+    def started(self) -> None:
+        self._node.activate(self.link)
+
+    def resized(self, answer: Resized | Refuse) -> None:
+        self._node.resize_answered(self.link, answer)
+
+    def ended(self, error: RdmaxferError | None) -> None:
+        """The session is over; called once."""
+        self._ended = True
+        if self.link.state is LinkState.OPENING:
+            self._error = error or PeerLost(f"{self.link.peer} ended the connection during the handshake.")
+        self._node.session_ended(self.link, error)

@@ -1,0 +1,221 @@
+"""What a user holds: a `Frame` leases a slot of the receiver's ring, a `Slot` leases staging memory of the sender.
+
+A lease ends by `release()` (or leaving its `with` block), or when the last reference to the frame *and* to every view of its
+array is gone. A view kept after an explicit release points to memory that is still there, but may show a later frame.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rdmaxfer.errors import FrameReleased
+from rdmaxfer.frame import FrameHeader, decode_metadata
+
+if TYPE_CHECKING:
+    from rdmaxfer.link import RecvLink
+    from rdmaxfer.memory import Buffer
+    from rdmaxfer.sender import Sender
+    from rdmaxfer.staging import StagingSlot
+
+
+class Frame:
+    """A received frame: a lease on a slot of registered memory.
+
+    `array` is a read-only numpy view on the slot itself: nothing was copied. Release the frame (leave its `with` block, call
+    `release()`, or drop it and all views of its array) to give the slot back to the sender. Copy what you want to keep.
+    """
+
+    __slots__ = ("__weakref__", "_array", "_end", "_header", "_metadata", "peer")
+
+    def __init__(self, header: FrameHeader, array: np.ndarray[Any, Any], peer: str, end: Callable[[], None]) -> None:
+        self._header = header
+        self._array: np.ndarray[Any, Any] | None = array
+        self._metadata: dict[str, Any] | None = None
+        self.peer = peer
+        """Who sent it: host/pid of the sender, as it calls itself."""
+        self._end = end
+
+    def __repr__(self) -> str:
+        state = "released " if self._array is None else ""
+        return f"<{state}Frame seq={self.seq} shape={self.shape} dtype={self.dtype} from {self.peer}>"
+
+    @property
+    def array(self) -> np.ndarray[Any, Any]:
+        """The frame's data, of the sender's shape and dtype: read-only, C-contiguous, in registered memory.
+
+        Raises FrameReleased once the frame was released or its receiver closed.
+        """
+        if self._array is None:
+            raise FrameReleased(
+                f"frame {self.seq} was released (or its receiver closed), and its memory may hold another frame by now.",
+                fix="use frame.array inside the `with frame:` block, or keep frame.array.copy().",
+            )
+        return self._array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._header.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self._header.dtype
+
+    @property
+    def seq(self) -> int:
+        """The sender's number for this frame: 0, 1, 2, ... since the sender was made."""
+        return self._header.seq
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of payload."""
+        return self._header.payload_bytes
+
+    @property
+    def captured_ns(self) -> int:
+        """When it was captured, as the sender said: nanoseconds since 1970 (`time.time_ns()`), or 0."""
+        return self._header.captured_ns
+
+    @property
+    def pushed_ns(self) -> int:
+        """When the sender pushed it: nanoseconds since 1970 by the sender's clock."""
+        return self._header.pushed_ns
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The mapping that was pushed along with the array. Raises RemoteProtocolError if it can't be decoded."""
+        if self._metadata is None:
+            self._metadata = decode_metadata(self._header.metadata)
+        return self._metadata
+
+    def release(self) -> None:
+        """Give the slot back to the sender. Doing it twice is harmless."""
+        if self._array is not None:
+            self._array = None
+            self._end()
+
+    def __enter__(self) -> Frame:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+class FrameLease:
+    """The bookkeeping behind a Frame: ends exactly once, by release, by garbage collection or by the receiver's close."""
+
+    __slots__ = ("_frame", "_link", "_watch", "position")
+
+    def __init__(self, link: RecvLink, position: int) -> None:
+        self._link = link
+        self.position = position
+        self._frame: weakref.ref[Frame] | None = None
+        self._watch: weakref.ref[Any] | None = None
+
+    def issue(self, header: FrameHeader, array: np.ndarray[Any, Any]) -> Frame:
+        frame = Frame(header, array, self._link.peer, self._released)
+        self._frame = weakref.ref(frame)
+        # Views of `array` hold `array` itself as their base, so its end is the end of the last of them.
+        self._watch = weakref.ref(array, self._collected)
+        return frame
+
+    def _released(self) -> None:
+        self._watch = None
+        self._link.release(self)
+
+    def _collected(self, _: object) -> None:
+        # May run in any thread, at any bytecode, even with the receiver's lock held: leave a note, take no lock.
+        self._watch = None
+        self._link.abandoned.append(self)
+
+    def revoke(self) -> None:
+        """The receiver is closing: `frame.array` is an error from now on. The memory stays as long as views of it."""
+        self._watch = None
+        frame = self._frame() if self._frame is not None else None
+        if frame is not None:
+            frame._array = None
+
+
+class Slot:
+    """Registered memory to fill in place: what `Sender.reserve` gives.
+
+    Leaving its `with` block pushes the frame; an exception in the block discards it.
+    """
+
+    __slots__ = ("_array", "_sender", "_staging", "_timeout", "captured_ns", "metadata", "seq")
+
+    def __init__(
+        self,
+        sender: Sender,
+        staging: StagingSlot,
+        array: np.ndarray[Any, Any],
+        metadata: Mapping[str, Any] | None,
+        timeout: float | None,
+    ) -> None:
+        self._sender = sender
+        self._staging: StagingSlot | None = staging
+        self._array = array
+        self._timeout = timeout
+        self.metadata = metadata
+        """Mapping to send along; may be set until the slot is committed."""
+        self.captured_ns = 0
+        """Capture time in nanoseconds since 1970; may be set until the slot is committed."""
+        self.seq: int | None = None
+        """The frame's sequence number once it was committed."""
+
+    def __repr__(self) -> str:
+        state = "reserved" if self._staging is not None else "discarded" if self.seq is None else f"committed seq={self.seq}"
+        return f"<Slot {state} shape={self._array.shape} dtype={self._array.dtype}>"
+
+    @property
+    def array(self) -> np.ndarray[Any, Any]:
+        """The writable array, its contents undefined at first. Raises FrameReleased once committed or discarded."""
+        if self._staging is None:
+            raise FrameReleased(
+                "this slot was committed or discarded: its memory is on its way to the receivers.",
+                fix="fill slot.array before the end of the `with sender.reserve(...)` block; reserve another slot for the next frame.",
+            )
+        return self._array
+
+    def commit(self) -> int:
+        """Push the frame; returns its sequence number. Raises as `Sender.push` does; after TimeoutExpired it may be tried again."""
+        if self._staging is None:
+            raise FrameReleased("this slot was already committed or discarded.", fix="reserve another slot.")
+        self.seq = self._sender._push_staged(
+            self._staging, self._array, metadata=self.metadata, captured_ns=self.captured_ns, timeout=self._timeout
+        )
+        self._staging = None
+        return self.seq
+
+    def discard(self) -> None:
+        """Give the memory back without pushing. Harmless after a commit."""
+        staging, self._staging = self._staging, None
+        if staging is not None:
+            self._sender._discard_staged(staging)
+
+    def __del__(self) -> None:
+        # A forgotten slot goes back to the sender. As with frames: leave a note, take no lock.
+        staging = getattr(self, "_staging", None)
+        if staging is not None:
+            self._sender._abandoned.append(staging)
+
+    def __enter__(self) -> Slot:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._staging is None:
+            return
+        if kind is not None:
+            self.discard()
+            return
+        try:
+            self.commit()
+        finally:
+            self.discard()
+
+
+__all__ = ["Frame", "FrameLease", "Slot"]

@@ -1,0 +1,54 @@
+"""Page-aligned memory for frames."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+
+class Buffer:
+    """`nbytes` of zeroed, page-aligned, anonymous memory.
+
+    The memory lives as long as this object or any view or array made from it: Python does not unmap a mapping that is
+    exported, and nobody ever calls `mmap.close()`.
+    """
+
+    __slots__ = ("__weakref__", "_map", "address", "nbytes")
+
+    def __init__(self, nbytes: int) -> None:
+        if nbytes < 0:
+            raise ValueError(f"a buffer can't have {nbytes} bytes")
+        self.nbytes = nbytes
+        # Shared, so that a forked child neither gets a copy nor, by copy-on-write, takes the pages away that the device writes to.
+        self._map = mmap.mmap(-1, max(nbytes, 1))
+        # The array made to ask for the address exports the mapping only until it is gone.
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+
+    def __repr__(self) -> str:
+        return f"<Buffer {self.nbytes} bytes at {self.address:#x}>"
+
+    def view(self, offset: int, nbytes: int) -> memoryview:
+        """A writable view of `nbytes` from `offset` on."""
+        self._check(offset, nbytes)
+        return memoryview(self._map)[offset : offset + nbytes]
+
+    def array(
+        self, offset: int, shape: Sequence[int], dtype: npt.DTypeLike, writable: bool = False
+    ) -> np.ndarray[Any, np.dtype[Any]]:
+        """A C-contiguous array over the memory from `offset` on; no copy. Read-only unless `writable`."""
+        kind = np.dtype(dtype)
+        count = 1
+        for extent in shape:
+            count *= int(extent)
+        self._check(offset, count * kind.itemsize)
+        memory = memoryview(self._map)
+        return np.ndarray(tuple(shape), kind, memory if writable else memory.toreadonly(), offset)
+
+    def _check(self, offset: int, nbytes: int) -> None:
+        if offset < 0 or nbytes < 0 or offset + nbytes > self.nbytes:
+            raise ValueError(f"{nbytes} bytes at {offset} are not within a buffer of {self.nbytes}")

@@ -1,0 +1,545 @@
+"""What `Sender` and `Receiver` share: lifecycle, bind and connect, links, waiting, threads, fork.
+
+Waiting goes by leader and follower. The one thread that polls (the leader) sleeps in the native core without the lock; nobody
+else polls meanwhile, so that completions are handled in their order. The others wait on the condition and look again when the
+leader has been woken. Every wait has a deadline or is cut in slices, so that Ctrl-C gets through.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import threading
+import time
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Callable
+from contextlib import ExitStack
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from rdmaxfer.cm import messages
+from rdmaxfer.cm.endpoint import parse_endpoint
+from rdmaxfer.errors import (
+    ClosedError,
+    ConnectTimeout,
+    ForkedError,
+    NotConnected,
+    PeerLost,
+    RdmaxferError,
+    TimeoutExpired,
+)
+from rdmaxfer.handshake import Acceptor, Connector
+from rdmaxfer.link import Link, LinkState
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from rdmaxfer.cm.control import BoundServer, Connection, Control
+    from rdmaxfer.fabric.devices import Route
+    from rdmaxfer.fabric.verbs import Domain, Poller
+
+log = logging.getLogger("rdmaxfer")
+
+SLICE_S = 0.1
+"""Longest uninterrupted sleep: Ctrl-C is noticed within this time even if the signal went to another thread."""
+
+TEARDOWN_S = 1.0
+"""How long a dying queue pair may take to give its work requests back."""
+
+L = TypeVar("L", bound=Link)
+T = TypeVar("T")
+
+_nodes: weakref.WeakSet[Node[Any]] = weakref.WeakSet()
+
+
+def _mark_forked() -> None:
+    for node in list(_nodes):
+        node._forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_mark_forked)
+
+
+def deadline_of(timeout: float | None) -> float | None:
+    """The monotonic time, in seconds, at which `timeout` (seconds, None: never) ends."""
+    if timeout is None:
+        return None
+    if not timeout >= 0:
+        raise ValueError(f"a timeout is a number of seconds of at least 0, or None for no limit, not {timeout!r}")
+    return time.monotonic() + timeout
+
+
+class Node(Generic[L]):
+    """Base of Sender and Receiver; not made by users."""
+
+    role: messages.Role
+
+    def __init__(
+        self,
+        *,
+        device: str | None,
+        port: int | None,
+        gid_index: int | None,
+        slots: int,
+        slot_bytes: int,
+        spin_s: float,
+        lease_s: float,
+    ) -> None:
+        if not 1 <= slots <= 4096:
+            raise ValueError(f"slots is a number from 1 to 4096, not {slots!r}")
+        if not 0 <= slot_bytes <= 1 << 40:
+            raise ValueError(f"slot_bytes is a number of bytes from 0 to 2**40, not {slot_bytes!r}")
+        if not lease_s >= 0.2:
+            raise ValueError(f"lease_s is a number of seconds of at least 0.2, not {lease_s!r}")
+        if not 0 <= spin_s <= 1:
+            raise ValueError(f"spin_s is a number of seconds from 0 to 1, not {spin_s!r}")
+        self._device = device if device is not None else os.environ.get("RDMAXFER_DEVICE") or None
+        self._port = port
+        self._gid_index = gid_index
+        self._slots = slots
+        self._slot_bytes = slot_bytes
+        self._spin_s = spin_s
+        self.lease_s = lease_s
+        self.name = f"{socket.gethostname()}/{os.getpid()}"[:128]
+
+        self._lock = threading.RLock()
+        self._cond = threading.Condition(self._lock)
+        self._links: list[L] = []
+        self._opening: dict[bytes, L] = {}
+        self._polled: tuple[L, ...] = ()
+        """The links that the running or latest poll looks at; completions refer to them by index."""
+        self._leader = False
+        self._followers = 0
+        self._poller: Poller | None = None
+        self._poll_number = 0
+        self._dispatched = 0
+        self._domains: dict[str, Domain] = {}
+        self._control: Control | None = None
+        self._servers: list[BoundServer] = []
+        self._connections: dict[bytes, Connection] = {}
+        self._losses: deque[PeerLost] = deque()
+        self._ends = 0
+        self._peers_lost = 0
+        self._closing = False
+        self._closed = False
+        self._failure: BaseException | None = None
+        self._forked = False
+        _nodes.add(self)
+
+    # --- making and ending connections ---------------------------------------------------------------------------------
+
+    def bind(self, endpoint: str) -> str:
+        """Wait for peers at `endpoint`, e.g. "tcp://0.0.0.0:7471". May be called many times, and beside `connect`.
+
+        Returns the endpoint with the port that was really bound (port 0 or * takes a free one). Raises EndpointError.
+        """
+        self._check_usable()
+        parse_endpoint(endpoint, binding=True)
+        server = self._get_control().bind(endpoint, Acceptor(self), lease_s=self.lease_s)
+        self._servers.append(server)
+        return server.endpoint
+
+    def connect(self, endpoint: str, timeout: float | None = 30.0) -> None:
+        """Connect to the peer that is bound (or will be, within `timeout` seconds) at `endpoint`, e.g. "tcp://10.0.0.2:7471".
+
+        May be called many times, and beside `bind`. Raises EndpointError, ConnectTimeout, Refused, NoDevice, VerbsUnavailable,
+        MemlockError; after an error nothing is left behind.
+        """
+        self._check_usable()
+        deadline = deadline_of(timeout)
+        host = parse_endpoint(endpoint, binding=False).host
+        connector = Connector(self)
+        connector.prepare(host)
+        try:
+            connection = self._get_control().connect(endpoint, connector.hello, connector, deadline_s=deadline)
+            self._connections[connector.link.session] = connection
+            self._wait(connector.outcome, deadline, f"connecting to {endpoint}")
+        except BaseException as error:
+            self._give_up(connector)
+            if isinstance(error, TimeoutExpired):
+                raise ConnectTimeout(
+                    f"nobody answered at {endpoint} within {timeout} s.",
+                    fix="check that the peer is running and bound to this address and port, and that no firewall blocks the TCP port.",
+                ) from None
+            raise
+
+    def _give_up(self, connector: Connector[L]) -> None:
+        connection = self._connections.get(connector.link.session)
+        if connection is not None:
+            connection.bye("gave up")
+        self.retire(connector.link)
+
+    def wait_for_peers(self, count: int = 1, timeout: float | None = None) -> None:
+        """Wait until at least `count` peers are connected. Raises TimeoutExpired."""
+        self._wait(
+            lambda: True if len(self._links) >= count else None,
+            deadline_of(timeout),
+            f"waiting for {count} peer{'s' if count != 1 else ''}",
+        )
+
+    def _get_control(self) -> Control:
+        from rdmaxfer.cm.control import Control
+
+        with self._cond:
+            if self._control is None:
+                self._control = Control(self.name, self.control_failed)
+            return self._control
+
+    def control_failed(self, error: BaseException) -> None:
+        with self._cond:
+            self._failure = error
+            self._wake()
+
+    def _domain(self, route: Route) -> Domain:
+        from rdmaxfer.fabric.verbs import Domain, Poller
+
+        with self._cond:
+            if self._poller is None:
+                self._poller = Poller()
+            domain = self._domains.get(route.device)
+            if domain is None:
+                domain = self._domains[route.device] = Domain(route.device)
+            return domain
+
+    # --- what the handshake asks of either side (rdmaxfer.handshake) ----------------------------------------------------
+
+    def route(self, host: str | None) -> Route:
+        """The device, port and GID that lead to `host` (a name or address; None: any). Raises NoDevice, VerbsUnavailable."""
+        from rdmaxfer.fabric.route import find_route
+
+        return find_route(host, device=self._device, port=self._port, gid_index=self._gid_index)
+
+    def open_link(self, session: bytes, peer: str, route: Route) -> L:
+        """A link with a queue pair in RESET."""
+        domain = self._domain(route)
+        with ExitStack() as stack:
+            link = self._make_link(session, peer, domain, route, stack)
+            link.reason = route.reason
+            stack.pop_all()  # the link owns it all from here on
+        with self._cond:
+            self._opening[session] = link
+        return link
+
+    def prepare_link(
+        self, link: L, theirs: messages.VerbsAddress, *, path_mtu: int, max_msg_sz: int, max_slot_bytes: int
+    ) -> None:
+        """Bring the link's queue pair to RTS, towards the peer's."""
+        link.endpoint.connect(
+            qp_num=theirs.qp_num,
+            psn=theirs.psn,
+            gid=theirs.gid,
+            lid=theirs.lid,
+            path_mtu=path_mtu,
+            max_msg_sz=max_msg_sz,
+        )
+
+    def activate(self, link: L) -> None:
+        """Both sides are ready: frames may flow."""
+        with self._cond:
+            self._opening.pop(link.session, None)
+            if link.state is LinkState.OPENING and not self._closing:
+                link.state = LinkState.READY
+                self._links.append(link)
+                log.info("connected with %s over verbs: %s", link.peer, link.reason)
+            self._wake()
+
+    def _make_link(self, session: bytes, peer: str, domain: Domain, route: Route, owned: ExitStack) -> L:
+        raise NotImplementedError
+
+    def wishes(self) -> tuple[int, int, int]:
+        """slots, slot_bytes and max_slot_bytes to ask for in HELLO."""
+        raise NotImplementedError
+
+    def agree(self, hello: messages.Hello) -> tuple[int, int, int]:
+        """slots, slot_bytes and max_slot_bytes for a peer that asked for these in HELLO."""
+        raise NotImplementedError
+
+    def check_agreed(self, accept: messages.Accept) -> None:
+        """Raise RemoteProtocolError unless ACCEPT is within what HELLO asked for."""
+        raise NotImplementedError
+
+    def make_ring(self, link: L, slots: int, slot_bytes: int) -> messages.RingAddress | None:
+        """The receiver registers its ring; a sender has none."""
+        raise NotImplementedError
+
+    def use_ring(self, link: L, ring: messages.RingAddress | None) -> None:
+        """The sender takes note of the receiver's ring."""
+        raise NotImplementedError
+
+    def resize(self, link: L, wanted_bytes: int, ring: messages.RingAddress | None) -> messages.RingAddress | None:
+        """The connecting peer wants (as a sender) or brings (as a receiver) a ring with larger slots."""
+        raise NotImplementedError
+
+    def resize_answered(self, link: L, answer: messages.Resized | messages.Refuse) -> None:
+        """The bound peer answered our RESIZE."""
+        raise NotImplementedError
+
+    def slot_limit(self, link: L) -> int:
+        """The largest payload in bytes that `link` can be resized to."""
+        raise NotImplementedError
+
+    # --- links that end ------------------------------------------------------------------------------------------------
+
+    def _drop_ended(self) -> None:
+        """Take links that ended or failed out of service; the control thread destroys them. With the lock held."""
+        for link in [link for link in self._links if not link.live]:
+            self._links.remove(link)
+            self._note_end(link)
+            control = self._control
+            if control is not None and not self._closing:
+                control.call(lambda link=link: self._end_session(link))
+
+    def _note_end(self, link: L) -> None:
+        """Count and report the end of a link. With the lock held, once a link."""
+        lost = self._loss(link)
+        if lost is None:
+            self._ends += 1
+            log.info("%s said goodbye", link.peer)
+            return
+        self._peers_lost += 1
+        if link.chosen_here or lost.unreleased:
+            self._losses.append(lost)
+        else:
+            log.warning("%s", lost)
+
+    def _loss(self, link: L) -> PeerLost | None:
+        """What is to be told to the user about the end of this link; None where all is well."""
+        error = link.error
+        if error is None:
+            return None
+        return error if isinstance(error, PeerLost) else PeerLost(f"the connection with {link.peer} ended: {error}")
+
+    def _end_session(self, link: L) -> None:
+        """On the control thread: tell the peer, then destroy."""
+        connection = self._connections.pop(link.session, None)
+        reason = str(link.error) if link.error is not None else "ended"
+        if connection is not None:
+            connection.bye(reason[:500])
+        else:
+            for server in self._servers:
+                server.end(link.session, reason[:500])
+        self.retire(link)
+
+    def session_ended(self, link: L, error: RdmaxferError | None) -> None:
+        """On the control thread: the control plane says that the peer is gone. `error` is None for a goodbye."""
+        if error is None:
+            self._await_bye(link)
+        with self._cond:
+            self._poll()  # what arrived before the end is not lost
+            self._opening.pop(link.session, None)
+            self._connections.pop(link.session, None)
+            if error is None:
+                link.end()
+            else:
+                link.fail(error)
+            if link in self._links:
+                self._links.remove(link)
+                if not self._closing:
+                    self._note_end(link)
+            self._wake()
+        self.retire(link)
+
+    def _await_bye(self, link: L) -> None:
+        """The peer said goodbye on the control plane: what it wrote before is in our completion queue, or just about to be."""
+        deadline = time.monotonic() + TEARDOWN_S
+        with contextlib.suppress(RdmaxferError):
+            self._wait(lambda: None if link.live else True, deadline, "a goodbye")
+
+    def retire(self, link: L) -> None:
+        """Destroy a link that nobody uses any more. Not with the lock held."""
+        with self._cond:
+            self._opening.pop(link.session, None)
+            if link in self._links:
+                self._links.remove(link)
+            while self._leader and link in self._polled:
+                self._wake()
+                self._cond.wait(SLICE_S)
+            if link in self._polled:
+                self._poll_finished()
+            link.teardown(TEARDOWN_S)
+            self._cond.notify_all()
+
+    # --- waiting -------------------------------------------------------------------------------------------------------
+
+    def _wake(self) -> None:
+        """Something changed: every waiting thread looks again. With the lock held."""
+        if self._leader and self._poller is not None:
+            self._poller.wake()
+        if self._followers:
+            self._cond.notify_all()
+
+    def _check_usable(self) -> None:
+        if self._forked:
+            raise ForkedError(
+                f"this {type(self).__name__} was made by the parent process and can't be used after fork().",
+                fix=f"make a new {type(self).__name__} in the child, or start it with multiprocessing's \"spawn\" method.",
+            )
+        if self._closing:
+            raise ClosedError(f"this {type(self).__name__} is closed.")
+        if self._failure is not None:
+            raise RdmaxferError("the control thread failed; this object can't go on.") from self._failure
+
+    def _poll_finished(self) -> None:
+        """Handle what the latest poll brought and was not handled yet. With the lock held, and no leader."""
+        poller = self._poller
+        if poller is None:
+            return
+        completions = poller.completions
+        while self._dispatched < poller.count:
+            wc = completions[self._dispatched]
+            self._polled[wc.index].handle(wc, (self._poll_number, self._dispatched))
+            self._dispatched += 1
+        for link in self._polled:
+            if not link.torn_down:
+                link.after_poll()
+        poller.count = 0
+        self._dispatched = 0
+        self._polled = ()
+        if any(not link.live for link in self._links):
+            self._drop_ended()
+
+    def _poll(self) -> None:
+        """Poll without waiting, and handle. With the lock held; does nothing while a leader polls."""
+        if self._leader or self._poller is None:
+            return
+        if self._polled:
+            self._poll_finished()
+        if self._links:
+            self._polled = tuple(self._links)
+            self._poll_number += 1
+            self._poller.poll([link.endpoint for link in self._polled])
+            self._poll_finished()
+
+    def _wait(self, ready: Callable[[], T | None], deadline: float | None, what: str) -> T:
+        """Poll and wait until `ready()`, called with the lock held, gives something. Raises TimeoutExpired, ClosedError..."""
+        with self._cond:
+            return self._wait_locked(ready, deadline, what)
+
+    def _wait_locked(self, ready: Callable[[], T | None], deadline: float | None, what: str) -> T:
+        while True:
+            self._check_usable()
+            self._poll()
+            value = ready()
+            if value is not None:
+                return value
+            sleep_s = SLICE_S
+            if deadline is not None:
+                sleep_s = min(sleep_s, deadline - time.monotonic())
+                if sleep_s <= 0:
+                    raise TimeoutExpired(f"{what} took longer than the timeout.")
+            if self._leader or not self._links or self._poller is None:
+                self._followers += 1
+                try:
+                    self._cond.wait(sleep_s)
+                finally:
+                    self._followers -= 1
+            else:
+                self._lead(self._poller, sleep_s)
+
+    def _lead(self, poller: Poller, sleep_s: float) -> None:
+        """Sleep in the native core, without the lock, until there are completions; then handle them."""
+        self._polled = tuple(self._links)
+        self._poll_number += 1
+        endpoints = [link.endpoint for link in self._polled]
+        self._leader = True
+        try:
+            self._lock.release()
+            try:
+                poller.wait(endpoints, self._spin_s, sleep_s)
+            finally:
+                self._acquire()
+        finally:
+            self._leader = False
+            if self._followers:
+                self._cond.notify_all()
+        self._poll_finished()
+
+    def _acquire(self) -> None:
+        # Ctrl-C while waiting for the lock must neither leave without it nor take it twice.
+        interrupt: KeyboardInterrupt | None = None
+        while not self._lock._is_owned():  # type: ignore[attr-defined]  # what threading.Condition itself uses
+            try:
+                self._lock.acquire()
+            except KeyboardInterrupt as error:
+                interrupt = error
+        if interrupt is not None:
+            raise interrupt
+
+    # --- the end -------------------------------------------------------------------------------------------------------
+
+    @property
+    def closed(self) -> bool:
+        return self._closing
+
+    def close(self, timeout: float = 5.0) -> None:
+        """Say goodbye to all peers and free everything, within about `timeout` seconds whatever they do. Twice is harmless."""
+        if self._forked:
+            return
+        deadline = time.monotonic() + timeout
+        with self._cond:
+            if self._closed:
+                return
+            self._closed = True
+        try:
+            self._say_goodbye(deadline)
+        finally:
+            with self._cond:
+                self._closing = True
+                self._wake()
+                self._cond.notify_all()
+            self._dismantle(deadline)
+
+    def _say_goodbye(self, deadline: float) -> None:
+        raise NotImplementedError
+
+    def _dismantle(self, deadline: float) -> None:
+        with ExitStack() as stack:
+            for domain in self._domains.values():
+                stack.callback(domain.close)
+            if self._poller is not None:
+                stack.callback(self._poller.close)
+            stack.callback(self._free_memory)
+            stack.callback(self._retire_all)
+            if self._control is not None:
+                self._control.close(max(0.2, min(1.0, deadline - time.monotonic())))
+
+    def _retire_all(self) -> None:
+        for link in [*self._links, *self._opening.values()]:
+            self.retire(link)
+
+    def _free_memory(self) -> None:
+        """Unregister memory that belongs to no link."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:
+            self.close()
+            return
+        try:
+            self.close()
+        except RdmaxferError as second:
+            log.warning("while closing after %r: %s", error, second)
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True) and not self._forked and (self._control is not None or self._domains):
+            warnings.warn(f"unclosed {self!r}: use `with` or close()", ResourceWarning, stacklevel=2, source=self)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closing else "forked" if self._forked else f"{len(self._links)} peers"
+        return f"<{type(self).__name__} {state}>"
+
+    def _check_connected(self) -> None:
+        """Raise what there is to raise when no peer is left and none can come."""
+        if self._losses:
+            raise self._losses.popleft()
+        if not self._links and not self._servers and not self._opening:
+            raise NotConnected(
+                f"this {type(self).__name__} is connected to nobody.", fix="call connect(endpoint) or bind(endpoint) first."
+            )

@@ -1,0 +1,259 @@
+"""The user's object that receives frames."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections import deque
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+from rdmaxfer.cm.messages import Accept, Hello, Refuse, Resized, RingAddress
+from rdmaxfer.errors import ClosedError, EndOfStream, FrameTooLarge, RdmaxferError, RemoteProtocolError
+from rdmaxfer.lease import Frame, FrameLease
+from rdmaxfer.link import RecvLink, recv_depth, send_depth
+from rdmaxfer.node import Node, deadline_of
+
+if TYPE_CHECKING:
+    from rdmaxfer.fabric.route import Route
+    from rdmaxfer.fabric.verbs import Domain
+
+log = logging.getLogger("rdmaxfer")
+
+MAX_OFFERS = 2
+"""Larger rings a sender may have asked for without using any: more would be memory for nothing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ReceiverStatistics:
+    """A snapshot of a receiver's counters, since it was made."""
+
+    peers: int
+    """Senders connected now."""
+    peers_lost: int
+    """Connections that ended without a goodbye."""
+    frames: int
+    """Frames handed out by `recv` or iteration."""
+    bytes: int
+    """Their payload bytes."""
+    writes: int
+    """WRITE_WITH_IMM completions polled: frames that a device placed in registered memory."""
+    credits_sent: int
+    """Credit messages sent back."""
+    leased: int
+    """Frames held now: arrived or handed out, not released."""
+    resizes: int
+    """Rings replaced by larger ones."""
+
+
+class Receiver(Node[RecvLink]):
+    """Receives frames from any number of senders: each gets a ring of slots in registered memory here and writes into it.
+
+    Parameters (all have working defaults):
+      device: name of the RDMA device, e.g. "rxe0"; by default the one whose GID matches the route to the peer, or the
+        environment's RDMAXFER_DEVICE.
+      port, gid_index: which port and GID of the device; found by default.
+      slots: frames that may be on their way or held at a time, for each sender.
+      slot_bytes: payload bytes a slot begins with; it grows when a larger frame comes.
+      max_frame_bytes: the largest frame accepted. A sender can make this receiver register up to slots * max_frame_bytes.
+      spin_s: seconds to poll busily before a wait sleeps. Lowers latency when a core is to spare.
+      lease_s: seconds without a sign of life after which a peer is given up.
+
+    Use it in a `with` block, or close() it. All methods may be called from any thread.
+    """
+
+    role = "receiver"
+
+    def __init__(
+        self,
+        *,
+        device: str | None = None,
+        port: int | None = None,
+        gid_index: int | None = None,
+        slots: int = 16,
+        slot_bytes: int = 1 << 20,
+        max_frame_bytes: int = 128 << 20,
+        spin_s: float = 0.0,
+        lease_s: float = 5.0,
+    ) -> None:
+        if not slot_bytes <= max_frame_bytes <= 1 << 36:
+            raise ValueError(f"max_frame_bytes is a number of bytes from slot_bytes to 2**36, not {max_frame_bytes!r}")
+        super().__init__(
+            device=device,
+            port=port,
+            gid_index=gid_index,
+            slots=slots,
+            slot_bytes=slot_bytes,
+            spin_s=spin_s,
+            lease_s=lease_s,
+        )
+        self._max_frame_bytes = max_frame_bytes
+        self._ready: deque[tuple[tuple[int, int], Frame]] = deque()
+        self._draining: list[RecvLink] = []
+        """Links that are gone, but whose frames are still leased."""
+        self._frames = 0
+        self._bytes = 0
+        self._writes_before = 0
+        self._credits_before = 0
+        self._resizes = 0
+
+    # --- receiving -----------------------------------------------------------------------------------------------------
+
+    def recv(self, timeout: float | None = None) -> Frame:
+        """The next frame, as a lease: release it (or use it in a `with` block) when done.
+
+        Frames of one sender come in its order. Waits up to `timeout` seconds, for ever by default.
+
+        Raises TimeoutExpired; EndOfStream when every sender that this receiver connected to has said goodbye (a bound receiver
+        waits for the next one); PeerLost, once, when a connection made by `connect` broke; NotConnected; ClosedError.
+        """
+        frame = self._wait(self._take, deadline_of(timeout), "waiting for a frame")
+        self._frames += 1
+        self._bytes += frame.nbytes
+        return frame
+
+    def __iter__(self) -> Iterator[Frame]:
+        """Frames until the end of the stream (see `recv`), or until this receiver is closed."""
+        while True:
+            try:
+                frame = self.recv()
+            except (EndOfStream, ClosedError):
+                return
+            yield frame
+
+    def _take(self) -> Frame | None:
+        for link in self._links:
+            if link.abandoned:
+                link.collect()
+        if self._ready:
+            return self._ready.popleft()[1]
+        if self._ends and not self._links and not self._servers and not self._opening and not self._losses:
+            raise EndOfStream("every sender has said goodbye, and all their frames were received.")
+        self._check_connected()
+        return None
+
+    def statistics(self) -> ReceiverStatistics:
+        """A snapshot of the counters."""
+        with self._cond:
+            return ReceiverStatistics(
+                peers=len(self._links),
+                peers_lost=self._peers_lost,
+                frames=self._frames,
+                bytes=self._bytes,
+                writes=self._writes_before + sum(link.writes_received for link in self._links),
+                credits_sent=self._credits_before + sum(link.credits_sent for link in self._links),
+                leased=sum(len(link.leases) for link in [*self._links, *self._draining]),
+                resizes=self._resizes,
+            )
+
+    # --- what links ask (rdmaxfer.link.Inbox) ---------------------------------------------------------------------------
+
+    def frame_arrived(self, frame: Frame, tag: tuple[int, int]) -> None:
+        ready = self._ready
+        if ready and ready[-1][0] == tag:
+            ready[-1] = (tag, frame)
+        else:
+            ready.append((tag, frame))
+
+    def release(self, link: RecvLink, lease: FrameLease) -> None:
+        if self._forked:
+            return
+        with self._cond:
+            link.finish(lease)
+            link.collect()
+
+    def resize_asked(self, link: RecvLink, wanted_bytes: int) -> None:
+        if link.resizing:
+            return
+        link.resizing = True
+        connection = self._connections.get(link.session)
+        if connection is None or self._control is None:
+            raise RemoteProtocolError("the sender asked in band for a resize that it should have asked for by RESIZE")
+
+        def grow() -> None:
+            try:
+                ring = self.resize(link, wanted_bytes, None)
+            except RdmaxferError as error:
+                log.warning("no room for the larger frames of %s: %s", link.peer, error)
+                with self._cond:
+                    link.resizing = False
+                    link.refuse_resize()
+                return
+            connection.request_resize(wanted_bytes, ring)
+
+        self._control.call(grow)
+
+    # --- what the handshake asks (rdmaxfer.handshake) -------------------------------------------------------------------
+
+    def _make_link(self, session: bytes, peer: str, domain: Domain, route: Route, owned: ExitStack) -> RecvLink:
+        pd = owned.enter_context(domain.protection_domain())
+        endpoint = pd.endpoint(route, send_depth=send_depth(self._slots), recv_depth=recv_depth(self._slots))
+        owned.callback(endpoint.close)
+        return RecvLink(session, peer, endpoint, owned.pop_all(), pd, self)
+
+    def wishes(self) -> tuple[int, int, int]:
+        return self._slots, self._slot_bytes, self._max_frame_bytes
+
+    def agree(self, hello: Hello) -> tuple[int, int, int]:
+        slot_bytes = min(max(self._slot_bytes, hello.slot_bytes), self._max_frame_bytes)
+        return min(self._slots, hello.slots), slot_bytes, self._max_frame_bytes
+
+    def check_agreed(self, accept: Accept) -> None:
+        if accept.ring is not None:
+            raise RemoteProtocolError("a sender offered a ring")
+        if accept.slots > self._slots or accept.slot_bytes > self._max_frame_bytes:
+            raise RemoteProtocolError("the sender wants more slots, or larger ones, than it was told that it can have")
+
+    def make_ring(self, link: RecvLink, slots: int, slot_bytes: int) -> RingAddress:
+        return link.make_ring(slots, slot_bytes)
+
+    def use_ring(self, link: RecvLink, ring: RingAddress | None) -> None:
+        if ring is not None:
+            raise RemoteProtocolError("a sender offered a ring")
+
+    def resize(self, link: RecvLink, wanted_bytes: int, ring: RingAddress | None) -> RingAddress:
+        if ring is not None:
+            raise RemoteProtocolError("a sender offered a ring")
+        if wanted_bytes > self._max_frame_bytes:
+            raise FrameTooLarge(
+                f"a frame of {wanted_bytes} bytes is above this receiver's limit of {self._max_frame_bytes}.",
+                fix=f"Receiver(max_frame_bytes={wanted_bytes}) at the receiving end.",
+            )
+        with self._cond:
+            if link.offers_open >= MAX_OFFERS:
+                raise RemoteProtocolError("the sender asks for one larger ring after another and uses none")
+            # A little more than asked for, so that frames that grow slowly don't need a new ring each.
+            slot_bytes = min(self._max_frame_bytes, max(wanted_bytes, link.slot_bytes * 5 // 4))
+            self._resizes += 1
+            return link.make_larger_ring(slot_bytes)
+
+    def resize_answered(self, link: RecvLink, answer: Resized | Refuse) -> None:
+        with self._cond:
+            link.resizing = False
+        if isinstance(answer, Refuse):
+            log.warning("%s refused a larger ring: %s", link.peer, answer.message)
+
+    def slot_limit(self, link: RecvLink) -> int:
+        return self._max_frame_bytes
+
+    # --- the end -------------------------------------------------------------------------------------------------------
+
+    def _note_end(self, link: RecvLink) -> None:
+        super()._note_end(link)
+        self._writes_before += link.writes_received
+        self._credits_before += link.credits_sent
+        if link.leases:
+            self._draining.append(link)
+        self._draining = [other for other in self._draining if other.leases]
+
+    def _say_goodbye(self, deadline: float) -> None:
+        with self._cond:
+            for link in self._links:
+                link.say_bye()
+            for link in [*self._links, *self._draining, *self._opening.values()]:
+                link.revoke_leases()
+            self._ready.clear()
+
+
+__all__ = ["Receiver", "ReceiverStatistics"]

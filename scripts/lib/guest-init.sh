@@ -1,0 +1,83 @@
+#!/bin/bash
+# The guest's side of softroce_vm.sh and softroce_uml.sh: process 1, on the host's own file tree, read-only.
+# Makes the places that must be writable, brings rxe up, runs the command of the box, hands back its exit status, powers off.
+export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+mounted() { mountpoint -q "$1"; }
+read -r -a words </proc/cmdline 2>/dev/null || { mount -t proc proc /proc && read -r -a words </proc/cmdline; }
+for word in "${words[@]}"; do
+  case $word in
+    rdmaxfer.box=*) box=${word#*=} ;;
+    rdmaxfer.guest=*) guest=${word#*=} ;;
+    rdmaxfer.now=*) date -s "@${word#*=}" >/dev/null ;;
+  esac
+done
+power_off() {
+  sync
+  if [[ $guest == uml ]]; then echo o >/proc/sysrq-trigger; else echo b >/proc/sysrq-trigger; fi
+  while :; do sleep 1; done
+}
+
+# Where things go in: the host's tree as it was (for what the new /tmp and /run hide), and the writable directories.
+mounted /sys || mount -t sysfs sys /sys
+mounted /dev || mount -t devtmpfs dev /dev
+mkdir -p /dev/pts /dev/shm
+mount -t devpts pts /dev/pts
+mount -t tmpfs -o mode=755 run /run
+mkdir -p /run/host /run/box /run/rw /run/lock
+mount --bind / /run/host
+mapfile -t rw <"$box/rw"
+for i in "${!rw[@]}"; do
+  mkdir -p "/run/rw/$i"
+  if [[ $guest == uml ]]; then mount -t hostfs rw "/run/rw/$i" -o "${rw[$i]}"
+  else mount -t 9p -o trans=virtio,version=9p2000.L,msize=262144,cache=mmap "rw$i" "/run/rw/$i"; fi
+done
+cp "$box"/* /run/box 2>/dev/null
+for place in /tmp /var/tmp /dev/shm; do mount -t tmpfs -o mode=1777 tmp "$place"; done
+mkdir -p /tmp/home
+while read -r directory; do mkdir -p "$directory" && mount --bind "/run/host$directory" "$directory"; done <"/run/box/show"
+for i in "${!rw[@]}"; do mkdir -p "${rw[$i]}" 2>/dev/null; mount --bind "/run/rw/$i" "${rw[$i]}"; done
+
+# Output goes through pipes of this guest, so that a program may open /dev/stdout again, and to the host without a terminal.
+if [[ $guest == uml ]]; then
+  mount --bind /run/box/cpuinfo /proc/cpuinfo   # perftest reads the clock rate there; User Mode Linux' own file lacks it
+  mkdir /run/rc && mount -t hostfs rc /run/rc -o "$box"
+  out=/dev/tty1 err=/dev/tty2 rc=/run/rc/rc
+  for tty in "$out" "$err"; do stty -F "$tty" raw -echo; done
+else
+  for port in /sys/class/virtio-ports/*; do printf -v "$(<"$port/name")" /dev/%s "${port##*/}"; done
+fi
+mkfifo /run/out /run/err
+cat /run/out >"$out" & readers=("$!")
+cat /run/err >"$err" & readers+=("$!")
+exec >/run/out 2>/run/err
+[[ ! -e $box/merged ]] || exec 2>&1
+
+# The device.
+hostname softroce
+ulimit -l unlimited
+ulimit -n 65536
+ip link set lo up
+ip link add d0 mtu 4200 type dummy
+ip address add 192.168.77.1/24 dev d0
+ip -6 address add fd77::1/64 dev d0 nodad
+ip link set d0 up
+rdma link add rxe0 type rxe netdev d0 || echo "rxe0 could not be made: the command runs without it" >&2
+
+status=0
+(
+  unset words word box guest rw i place directory port readers out err rc tty
+  . /run/box/environment
+  export HOME=/tmp/home TMPDIR=/tmp
+  . /run/box/command
+  "${command[@]}"
+) </dev/null || status=$?
+
+# What the command left running must not keep its output open.
+exec >/dev/null 2>&1
+for process in /proc/[0-9]*; do
+  process=${process#/proc/}
+  [[ $process == 1 || " ${readers[*]} " == *" $process "* ]] || kill -KILL "$process"
+done
+wait "${readers[@]}"
+echo "$status" >"$rc"
+power_off
