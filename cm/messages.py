@@ -1,12 +1,13 @@
 """The messages of the control plane <-> bytes.
 
-Pure. A message is one ZeroMQ frame: the 7 bytes `RDMAXFR`, one byte with the protocol version, and a msgpack map with the fields
-below and `type`. The rules of this file:
+Pure. A message is one ZeroMQ frame: the 7 bytes `RDMAXFR`, one byte with the protocol version, and a msgpack map with
+the fields below and `type`. The rules of this file:
 
 - Whatever bytes a peer sends, `decode` returns a message that is safe to use, or raises RemoteProtocolError.
 - What `encode` sends is exactly what `decode` accepts: it tries.
-- Within one version the maps are closed: a field more, or one less, is an error, so that both sides agree on what was said.
-- Only `Refuse` is promised to all versions: any peer can read why another does not talk to it. Later versions may add to it.
+- Within one version the maps are closed: a field more, or one less, is an error. Both sides agree on what was said.
+- Only `Refuse` is promised to all versions: any peer can read why another does not talk to it. Later versions may add
+  fields and codes to it.
 - Every message of every version has `session` and `request`, so that even what can't be understood can be answered.
 """
 
@@ -74,7 +75,9 @@ class RefuseCode(str, enum.Enum):
     INTERNAL = "internal"
 
 
-class VerbsAddress(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind", tag="verbs"):
+class VerbsAddress(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind", tag="verbs"
+):
     """A queue pair, and how to reach it. `active_mtu` and `max_msg_sz` are in bytes."""
 
     device: _Name
@@ -92,7 +95,7 @@ Fabric: TypeAlias = VerbsAddress
 
 
 class RingAddress(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A receiver's memory. Slot `i` begins at `address + i * slot_stride`, and its payload `payload_offset` bytes later."""
+    """A receiver's memory. Slot `i` begins at `address + i * slot_stride`, its payload `payload_offset` bytes later."""
 
     address: _U64
     rkey: _U32
@@ -108,7 +111,7 @@ class _Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     request: _Request
 
 
-class Hello(_Message, tag="hello"):
+class Hello(_Message, frozen=True, tag="hello"):
     """The connecting side asks for a connection. `slots` and `slot_bytes` are wishes, `slot_bytes` 0 is none."""
 
     role: Role
@@ -120,7 +123,7 @@ class Hello(_Message, tag="hello"):
     name: _Name
 
 
-class Accept(_Message, tag="accept"):
+class Accept(_Message, frozen=True, tag="accept"):
     """The bound side agrees. `ring` is there if and only if it is the receiver; `reason` says why this fabric."""
 
     role: Role
@@ -136,49 +139,49 @@ class Accept(_Message, tag="accept"):
     ring: RingAddress | None
 
 
-class Ready(_Message, tag="ready"):
+class Ready(_Message, frozen=True, tag="ready"):
     """The connecting side's queue pair is in RTS. `ring` is there if and only if it is the receiver."""
 
     ring: RingAddress | None
 
 
-class Started(_Message, tag="started"):
+class Started(_Message, frozen=True, tag="started"):
     """The bound side's queue pair is in RTS too: frames may flow."""
 
 
-class Renew(_Message, tag="renew"):
+class Renew(_Message, frozen=True, tag="renew"):
     """The connecting side is alive."""
 
 
-class Renewed(_Message, tag="renewed"):
+class Renewed(_Message, frozen=True, tag="renewed"):
     """The bound side is alive."""
 
 
-class Resize(_Message, tag="resize"):
-    """A connecting sender wants slots of `wanted_bytes` (`ring` is None); a connecting receiver offers the ring that has them."""
+class Resize(_Message, frozen=True, tag="resize"):
+    """A connecting sender wants slots of `wanted_bytes` (`ring` is None); a connecting receiver offers such a ring."""
 
     wanted_bytes: _SlotBytes
     ring: RingAddress | None
 
 
-class Resized(_Message, tag="resized"):
+class Resized(_Message, frozen=True, tag="resized"):
     """The bound receiver's new ring; None from a bound sender, which has taken note of the one offered."""
 
     ring: RingAddress | None
 
 
-class Bye(_Message, tag="bye"):
+class Bye(_Message, frozen=True, tag="bye"):
     """The connecting side leaves."""
 
     reason: _Text
 
 
-class Gone(_Message, tag="gone"):
+class Gone(_Message, frozen=True, tag="gone"):
     """The bound side has ended the session."""
 
 
-class Refuse(_Message, tag="refuse"):
-    """No. `limit` is what would have been allowed, where `code` is about a number (slot bytes, sessions, a version), else 0."""
+class Refuse(_Message, frozen=True, tag="refuse"):
+    """No. `limit` is what would do, where `code` is about a number (slot bytes, sessions, the version), else 0."""
 
     # NO_SESSION and 0 answer a request that could not be read.
     request: Annotated[int, Meta(ge=0, le=(1 << 53) - 1)]
@@ -200,6 +203,7 @@ class WrongVersion(RemoteProtocolError):
             fix="run releases of rdmaxfer on both sides that share a protocol version.",
         )
         self.version = version
+        self.message_for_peer = f"version {PROTOCOL_VERSION} of the protocol is spoken here, not version {version}."
 
 
 class _Envelope(msgspec.Struct, frozen=True):
@@ -221,7 +225,7 @@ _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 _envelope_decoder = msgspec.msgpack.Decoder(_Envelope)
 _foreign_decoder = msgspec.msgpack.Decoder(_ForeignRefuse)
 
-# ValueError: invalid UTF-8, and the parent of msgspec's own. RecursionError: nested deeply. MemoryError: a length that lies.
+# ValueError: invalid UTF-8, for one. RecursionError: nested too deep. MemoryError: a length that lies.
 _DECODE_ERRORS = (msgspec.MsgspecError, ValueError, TypeError, OverflowError, RecursionError, MemoryError)
 _PREFIX = MAGIC + bytes([PROTOCOL_VERSION])
 
@@ -232,7 +236,8 @@ def encode(message: Message) -> bytes:
         data = _PREFIX + _encoder.encode(message)
         decode(data)
     except (RemoteProtocolError, *_DECODE_ERRORS) as error:
-        raise LocalProtocolError(f"a {type(message).__name__} that no peer would accept was to be sent: {error}") from error
+        name = type(message).__name__
+        raise LocalProtocolError(f"a {name} that no peer would accept was to be sent: {error}") from error
     return data
 
 
@@ -242,7 +247,8 @@ def decode(data: bytes) -> Message:
         raise RemoteProtocolError(f"the peer sent a message of {len(data)} bytes; the most is {MAX_MESSAGE_BYTES}")
     if len(data) < PREFIX_BYTES or data[: len(MAGIC)] != MAGIC:
         raise RemoteProtocolError(
-            "the peer sent something that is no message of rdmaxfer.", fix="check that the port is the one rdmaxfer is bound to."
+            "the peer sent something that is no message of rdmaxfer.",
+            fix="check that the port is the one rdmaxfer is bound to.",
         )
     body = memoryview(data)[PREFIX_BYTES:]
     if (version := data[len(MAGIC)]) != PROTOCOL_VERSION:
@@ -285,7 +291,7 @@ def _foreign_refuse(body: memoryview, version: int) -> Refuse:
     )
 
 
-# --- what a single field's bounds can't say ----------------------------------------------------------------------------
+# --- what a single field's bounds can't say --------------------------------------------------------------------------
 
 
 def _check(message: Message) -> None:

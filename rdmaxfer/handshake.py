@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from rdmaxfer.cm import messages
 from rdmaxfer.cm.messages import Accept, Hello, Ready, Refuse, RefuseCode, Resize, Resized, RingAddress, Started
 from rdmaxfer.errors import DeviceError, NoDevice, PeerLost, RdmaxferError, Refused, RemoteProtocolError
+from rdmaxfer.fabric.devices import ETHERNET
 from rdmaxfer.fabric.route import gid_to_ip
 from rdmaxfer.link import Link, LinkState
 
@@ -31,7 +32,7 @@ def verbs_address(endpoint: Endpoint) -> messages.VerbsAddress:
         lid=a.lid,
         qp_num=a.qp_num,
         psn=a.psn,
-        link_layer=a.link_layer,
+        link_layer="ethernet" if a.link_layer == ETHERNET else "infiniband",
         active_mtu=a.active_mtu,
         max_msg_sz=a.max_msg_sz,
     )
@@ -65,8 +66,9 @@ class Acceptor(Generic[L]):
             )
         theirs = hello.fabrics[0]
         try:
-            route = node.route(str(gid_to_ip(theirs.gid)) if theirs.link_layer == "ethernet" else None)
-            if route.link_layer != theirs.link_layer:
+            host = str(gid_to_ip(theirs.gid)) if theirs.link_layer == "ethernet" else None
+            route = node.route(host, peer_gid=theirs.gid)
+            if route.link_layer.lower() != theirs.link_layer:
                 raise NoDevice(
                     f"the link layers differ: {route.device} here is {route.link_layer}, {theirs.device} there is {theirs.link_layer}.",
                     fix="choose devices on the same network with device=...",
@@ -152,9 +154,9 @@ class Connector(Generic[L]):
         slots, slot_bytes, max_slot_bytes = node.wishes()
         self.hello = Hello(
             session=session,
-            request=0,
+            request=1,
             role=node.role,
-            fabrics=[verbs_address(self.link.endpoint)],
+            fabrics=(verbs_address(self.link.endpoint),),
             slots=slots,
             slot_bytes=slot_bytes,
             max_slot_bytes=max_slot_bytes,

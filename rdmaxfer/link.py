@@ -79,7 +79,7 @@ class Link:
         """Whether this side asked for the connection (`connect`), rather than waited for it (`bind`)."""
         self.torn_down = False
         self._owned = owned
-        self._handled = (0, 0)
+        self._handled = (-1, -1)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.state.value} with {self.peer}>"
@@ -228,7 +228,7 @@ class SendLink(Link):
         position = ring.position
         slot = position % remote.slots
         end = (slot + 1) * framing.HEADER_ROOM
-        before = self.endpoint.posted
+        self.endpoint.clear_posted()
         try:
             lkey = source.lkey(self.pd) if kind.payload_bytes else 0
             header_bytes = kind.pack_into(
@@ -261,7 +261,7 @@ class SendLink(Link):
         except RdmaxferError as error:
             self._broke(error)
         except BaseException:
-            if self.endpoint.posted == before:
+            if not self.endpoint.last_posted:
                 ring.position = position
             raise
 

@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from rdmaxfer.cm import messages
-from rdmaxfer.cm.endpoint import parse_endpoint
+from rdmaxfer.cm.endpoint import parse
 from rdmaxfer.errors import (
     ClosedError,
     ConnectTimeout,
@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 
     from rdmaxfer.cm.control import BoundServer, Connection, Control
     from rdmaxfer.fabric.devices import Route
-    from rdmaxfer.fabric.verbs import Domain, Poller
+    from rdmaxfer.fabric.poller import Poller
+    from rdmaxfer.fabric.verbs import Domain, Endpoint
 
 log = logging.getLogger("rdmaxfer")
 
@@ -113,6 +114,8 @@ class Node(Generic[L]):
         self._opening: dict[bytes, L] = {}
         self._polled: tuple[L, ...] = ()
         """The links that the running or latest poll looks at; completions refer to them by index."""
+        self._batch: list[tuple[Endpoint, Any]] = []
+        """What the latest poll brought; handled up to `_dispatched`."""
         self._leader = False
         self._followers = 0
         self._poller: Poller | None = None
@@ -139,7 +142,6 @@ class Node(Generic[L]):
         Returns the endpoint with the port that was really bound (port 0 or * takes a free one). Raises EndpointError.
         """
         self._check_usable()
-        parse_endpoint(endpoint, binding=True)
         server = self._get_control().bind(endpoint, Acceptor(self), lease_s=self.lease_s)
         self._servers.append(server)
         return server.endpoint
@@ -152,7 +154,7 @@ class Node(Generic[L]):
         """
         self._check_usable()
         deadline = deadline_of(timeout)
-        host = parse_endpoint(endpoint, binding=False).host
+        host = parse(endpoint).host
         connector = Connector(self)
         connector.prepare(host)
         try:
@@ -196,7 +198,8 @@ class Node(Generic[L]):
             self._wake()
 
     def _domain(self, route: Route) -> Domain:
-        from rdmaxfer.fabric.verbs import Domain, Poller
+        from rdmaxfer.fabric.poller import Poller
+        from rdmaxfer.fabric.verbs import Domain
 
         with self._cond:
             if self._poller is None:
@@ -208,11 +211,20 @@ class Node(Generic[L]):
 
     # --- what the handshake asks of either side (rdmaxfer.handshake) ----------------------------------------------------
 
-    def route(self, host: str | None) -> Route:
-        """The device, port and GID that lead to `host` (a name or address; None: any). Raises NoDevice, VerbsUnavailable."""
-        from rdmaxfer.fabric.route import find_route
+    def route(self, host: str | None, peer_gid: bytes | None = None) -> Route:
+        """The device, port and GID that lead to `host` (a name or address; None: unknown). Raises NoDevice, VerbsUnavailable."""
+        from rdmaxfer.fabric import devices
+        from rdmaxfer.fabric.route import local_ip_towards, resolve
 
-        return find_route(host, device=self._device, port=self._port, gid_index=self._gid_index)
+        return devices.choose_gid(
+            devices.list_devices(),
+            device=self._device,
+            port=self._port,
+            gid_index=self._gid_index,
+            local_ip=local_ip_towards(host) if host is not None else None,
+            peer_ip=resolve(host) if host is not None else None,
+            peer_gid=peer_gid,
+        )
 
     def open_link(self, session: bytes, peer: str, route: Route) -> L:
         """A link with a queue pair in RESET."""
@@ -359,8 +371,8 @@ class Node(Generic[L]):
             while self._leader and link in self._polled:
                 self._wake()
                 self._cond.wait(SLICE_S)
-            if link in self._polled:
-                self._poll_finished()
+            if self._batch:
+                self._dispatch()
             link.teardown(TEARDOWN_S)
             self._cond.notify_all()
 
@@ -384,36 +396,40 @@ class Node(Generic[L]):
         if self._failure is not None:
             raise RdmaxferError("the control thread failed; this object can't go on.") from self._failure
 
-    def _poll_finished(self) -> None:
+    def _watch(self, poller: Poller) -> None:
+        """Poll the links there are now. With the lock held, no leader, and the latest batch handled."""
+        if self._polled != tuple(self._links):
+            self._polled = tuple(self._links)
+            poller.watch([link.endpoint for link in self._polled])
+
+    def _dispatch(self) -> None:
         """Handle what the latest poll brought and was not handled yet. With the lock held, and no leader."""
-        poller = self._poller
-        if poller is None:
-            return
-        completions = poller.completions
-        while self._dispatched < poller.count:
-            wc = completions[self._dispatched]
+        batch = self._batch
+        while self._dispatched < len(batch):
+            wc = batch[self._dispatched][1]
             self._polled[wc.index].handle(wc, (self._poll_number, self._dispatched))
             self._dispatched += 1
         for link in self._polled:
-            if not link.torn_down:
+            if link.live:
                 link.after_poll()
-        poller.count = 0
+        self._batch = []
         self._dispatched = 0
-        self._polled = ()
-        if any(not link.live for link in self._links):
+        self._poll_number += 1
+        if not all(link.live for link in self._links):
             self._drop_ended()
 
     def _poll(self) -> None:
         """Poll without waiting, and handle. With the lock held; does nothing while a leader polls."""
-        if self._leader or self._poller is None:
+        poller = self._poller
+        if self._leader or poller is None:
             return
-        if self._polled:
-            self._poll_finished()
+        if self._batch:
+            self._dispatch()
         if self._links:
-            self._polled = tuple(self._links)
-            self._poll_number += 1
-            self._poller.poll([link.endpoint for link in self._polled])
-            self._poll_finished()
+            self._watch(poller)
+            self._batch = poller.poll()
+            if self._batch:
+                self._dispatch()
 
     def _wait(self, ready: Callable[[], T | None], deadline: float | None, what: str) -> T:
         """Poll and wait until `ready()`, called with the lock held, gives something. Raises TimeoutExpired, ClosedError..."""
@@ -443,21 +459,20 @@ class Node(Generic[L]):
 
     def _lead(self, poller: Poller, sleep_s: float) -> None:
         """Sleep in the native core, without the lock, until there are completions; then handle them."""
-        self._polled = tuple(self._links)
-        self._poll_number += 1
-        endpoints = [link.endpoint for link in self._polled]
+        self._watch(poller)
         self._leader = True
         try:
             self._lock.release()
             try:
-                poller.wait(endpoints, self._spin_s, sleep_s)
+                self._batch = poller.wait(self._spin_s, sleep_s)
             finally:
                 self._acquire()
         finally:
             self._leader = False
             if self._followers:
                 self._cond.notify_all()
-        self._poll_finished()
+        if self._batch:
+            self._dispatch()
 
     def _acquire(self) -> None:
         # Ctrl-C while waiting for the lock must neither leave without it nor take it twice.

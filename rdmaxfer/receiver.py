@@ -16,7 +16,7 @@ from rdmaxfer.link import RecvLink, recv_depth, send_depth
 from rdmaxfer.node import Node, deadline_of
 
 if TYPE_CHECKING:
-    from rdmaxfer.fabric.route import Route
+    from rdmaxfer.fabric.devices import Route
     from rdmaxfer.fabric.verbs import Domain
 
 log = logging.getLogger("rdmaxfer")
@@ -187,8 +187,12 @@ class Receiver(Node[RecvLink]):
     # --- what the handshake asks (rdmaxfer.handshake) -------------------------------------------------------------------
 
     def _make_link(self, session: bytes, peer: str, domain: Domain, route: Route, owned: ExitStack) -> RecvLink:
+        from rdmaxfer.fabric.verbs import Endpoint
+
         pd = owned.enter_context(domain.protection_domain())
-        endpoint = pd.endpoint(route, send_depth=send_depth(self._slots), recv_depth=recv_depth(self._slots))
+        endpoint = Endpoint(
+            pd, route, send_depth=send_depth(self._slots), recv_depth=recv_depth(self._slots), remote_write=True
+        )
         owned.callback(endpoint.close)
         return RecvLink(session, peer, endpoint, owned.pop_all(), pd, self)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from rdmaxfer.cm.messages import Accept, Hello, Refuse, RefuseCode, Resized, RingAddress
+from rdmaxfer.cm.messages import MAX_SLOT_BYTES, Accept, Hello, Refuse, RefuseCode, Resized, RingAddress
 from rdmaxfer.errors import FrameTooLarge, PeerLost, RdmaxferError, RemoteProtocolError, TimeoutExpired
 from rdmaxfer.frame import FrameType, encode_metadata, frame_type
 from rdmaxfer.inband import MESSAGE_BYTES
@@ -375,18 +375,25 @@ class Sender(Node[SendLink]):
     # --- what the handshake asks (rdmaxfer.handshake) -------------------------------------------------------------------
 
     def _make_link(self, session: bytes, peer: str, domain: Domain, route: Route, owned: ExitStack) -> SendLink:
+        from rdmaxfer.fabric.verbs import Endpoint
+
         with self._cond:
             pd = self._pds.get(route.device)
             if pd is None:
                 pd = self._pds[route.device] = domain.protection_domain()
-        endpoint = pd.endpoint(
-            route, send_depth=send_depth(self._slots), recv_depth=recv_depth(self._slots), recv_bytes=MESSAGE_BYTES
+        endpoint = Endpoint(
+            pd,
+            route,
+            send_depth=send_depth(self._slots),
+            recv_depth=recv_depth(self._slots),
+            recv_bytes=MESSAGE_BYTES,
+            remote_write=False,
         )
         owned.callback(endpoint.close)
         return SendLink(session, peer, endpoint, owned.pop_all(), pd)
 
     def wishes(self) -> tuple[int, int, int]:
-        return self._slots, self._slot_bytes, 0
+        return self._slots, self._slot_bytes, MAX_SLOT_BYTES
 
     def agree(self, hello: Hello) -> tuple[int, int, int]:
         slot_bytes = min(max(self._slot_bytes, hello.slot_bytes), hello.max_slot_bytes)

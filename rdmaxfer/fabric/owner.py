@@ -14,11 +14,12 @@ import os
 import warnings
 import weakref
 from types import TracebackType
-from typing import Any, ClassVar
-
-from typing_extensions import Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from rdmaxfer.errors import ClosedError, ForkedError, RdmaxferError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Owner:

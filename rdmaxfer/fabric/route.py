@@ -42,3 +42,12 @@ def local_ip_towards(host: str) -> IPAddress | None:
             continue
         return gid_to_ip(ip_to_gid(ipaddress.ip_address(text.partition("%")[0])))
     return None
+
+
+def resolve(host: str) -> IPAddress | None:
+    """The first address of `host` (a name or an address), without scope; None if it is unknown."""
+    try:
+        found = socket.getaddrinfo(host.removeprefix("[").removesuffix("]"), None, type=socket.SOCK_DGRAM)
+    except (OSError, UnicodeError):
+        return None
+    return gid_to_ip(ip_to_gid(ipaddress.ip_address(str(found[0][4][0]).partition("%")[0])))

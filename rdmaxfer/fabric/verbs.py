@@ -375,6 +375,15 @@ class Endpoint(Owner):
         if self._lib.rx_post_send(self._qp, wrs, n, self._posted, self._error):
             self._check(-1)
 
+    def clear_posted(self) -> None:
+        """Forget what `last_posted` says."""
+        self._posted[0] = 0
+
+    @property
+    def last_posted(self) -> int:
+        """Work requests that the device took since `clear_posted`: kept in C, so it holds also when Ctrl-C hid the return."""
+        return int(self._posted[0])
+
     def repost_recv(self, wr_ids: Iterable[int]) -> None:
         """Post receives (again), with one doorbell for each 64."""
         n = 0

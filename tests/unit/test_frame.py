@@ -1,4 +1,4 @@
-"""The frame header: layout, round trips, limits, and what hostile bytes can do: raise RemoteProtocolError, that's all."""
+"""The frame header: layout, round trips, limits, and what hostile bytes can do: nothing but RemoteProtocolError."""
 
 from __future__ import annotations
 
@@ -218,7 +218,7 @@ def test_what_numpy_does_not_know_is_refused() -> None:
 
 
 def test_too_deep_and_too_long_structures_are_refused() -> None:
-    dtype = np.dtype("u1")
+    dtype: np.dtype[Any] = np.dtype("u1")
     for _ in range(wire.MAX_DTYPE_DEPTH + 1):
         dtype = np.dtype([("a", dtype)])
     with pytest.raises(UnsupportedDtype, match="nested"):

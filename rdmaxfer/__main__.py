@@ -1,0 +1,7 @@
+"""`python -m rdmaxfer`: the command line."""
+
+import sys
+
+from rdmaxfer.cli import main
+
+sys.exit(main())

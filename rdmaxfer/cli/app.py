@@ -1,0 +1,63 @@
+"""The parser of the `rdmaxfer` command, and `main`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+
+import rdmaxfer
+from rdmaxfer.cli import demo, devices, doctor, recv, send
+from rdmaxfer.cli.failure import EXIT_CODES, report
+
+DESCRIPTION = """\
+Send images and other numpy arrays from one process to another, on the same machine or over the network, by RDMA: the
+network card (or Linux's software one, Soft-RoCE) places each frame straight into the receiver's memory.
+
+New here?  Begin with these, in this order:
+  rdmaxfer doctor     is everything there that this machine needs? If not, how do I get it?
+  rdmaxfer demo       move real photographs between two processes on this machine, and check every byte
+"""
+
+EXAMPLE = """\
+two machines, photos from one to the other:
+  receiver$  rdmaxfer recv tcp://0.0.0.0:7471 --out received --verify
+  sender$    rdmaxfer send tcp://10.0.0.2:7471 photos/*.jpg         (10.0.0.2: an address of the receiver)
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rdmaxfer",
+        description=DESCRIPTION,
+        epilog=f"{EXAMPLE}\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"rdmaxfer {rdmaxfer.__version__}")
+    subcommands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in (doctor, devices, demo, send, recv):
+        sub = subcommands.add_parser(
+            command.__name__.rpartition(".")[2],
+            help=command.HELP,
+            description=command.DESCRIPTION,
+            epilog=f"{command.EXAMPLES}\n{EXIT_CODES}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.add_argument("-v", "--verbose", action="store_true", help="also say what is going on, on stderr")
+        command.add_arguments(sub)
+        sub.set_defaults(run=command.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    try:
+        args = make_parser().parse_args(argv)
+    except SystemExit as stop:  # --help, or argparse has explained what is wrong
+        return stop.code if isinstance(stop.code, int) else 2
+    logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="rdmaxfer: %(message)s")
+    try:
+        code: int = args.run(args)
+        return code
+    except (Exception, KeyboardInterrupt) as error:
+        return report(error)

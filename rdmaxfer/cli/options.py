@@ -1,0 +1,113 @@
+"""Arguments that several commands have, and the Sender or Receiver made from them."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from typing import Any
+
+import rdmaxfer
+from rdmaxfer.cli.failure import CommandError, Exit
+from rdmaxfer.errors import TimeoutExpired
+
+ENDPOINT_HELP = (
+    "address of the meeting point, tcp://HOST:PORT. The side that connects names the other machine; the side that listens "
+    "names one of its own addresses, or 0.0.0.0 for all of them. Any free port above 1024 will do"
+)
+CONNECT_TIMEOUT_S = 30.0
+
+
+def add_device_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "RDMA device", "Found by itself; needed only on machines with several (see `rdmaxfer devices`)."
+    )
+    group.add_argument("--device", metavar="NAME", help="name of the device, e.g. rxe0 or mlx5_0 [RDMAXFER_DEVICE]")
+    group.add_argument("--device-port", metavar="N", type=whole_number(1), help="port of the device, counted from 1")
+    group.add_argument(
+        "--gid-index", metavar="N", type=whole_number(0), help="which of the port's addresses (GIDs) to send from"
+    )
+
+
+def add_slot_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--slots", metavar="N", type=whole_number(1), default=16, help="frames that may be on their way at a time (16)"
+    )
+
+
+def device_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    return {"device": args.device, "port": args.device_port, "gid_index": args.gid_index}
+
+
+def make_receiver(args: argparse.Namespace, **more: Any) -> rdmaxfer.Receiver:
+    try:
+        return rdmaxfer.Receiver(**device_arguments(args), **more)
+    except ValueError as error:
+        raise CommandError(f"{error}.", code=Exit.USAGE) from None
+
+
+def make_sender(args: argparse.Namespace, **more: Any) -> rdmaxfer.Sender:
+    try:
+        return rdmaxfer.Sender(**device_arguments(args), **more)
+    except ValueError as error:
+        raise CommandError(f"{error}.", code=Exit.USAGE) from None
+
+
+def say(text: str) -> None:
+    """Something the user should know while a command runs."""
+    print(f"rdmaxfer: {text}", file=sys.stderr, flush=True)
+
+
+def wait_for_peers(sender: rdmaxfer.Sender, number: int, timeout: float | None) -> None:
+    try:
+        sender.wait_for_peers(number, timeout=timeout)
+    except TimeoutExpired:
+        raise CommandError(
+            f"fewer than {number} receivers connected within {timeout:g} s.",
+            fix="start `rdmaxfer recv --connect` with an address of this machine and this port, and check that no firewall "
+            "blocks the TCP port.",
+            code=Exit.NO_PEER,
+        ) from None
+
+
+# --- types of arguments -----------------------------------------------------------------------------------------------
+
+
+class whole_number:  # noqa: N801
+    """A whole number from `least` on."""
+
+    def __init__(self, least: int) -> None:
+        self._least = least
+
+    def __call__(self, text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = self._least - 1
+        if value < self._least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {self._least}")
+        return value
+
+
+def positive(text: str) -> float:
+    """A positive number, such as seconds."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+def size(text: str) -> int:
+    """A number of bytes, such as 4096, 64K, 8M or 1G."""
+    number, unit = text.upper().removesuffix("IB").removesuffix("B"), ""
+    if number[-1:] in _UNITS:
+        number, unit = number[:-1], number[-1:]
+    if not number.isascii() or not number.isdigit() or int(number) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size: write 4096, 64K, 8M or 1G")
+    return int(number) * _UNITS[unit]

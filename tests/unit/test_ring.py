@@ -1,0 +1,196 @@
+"""Slots and credits: both ends of a ring always agree, whatever order leases end in and however late credits are seen."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from rdmaxfer.errors import LocalProtocolError, RemoteProtocolError
+from rdmaxfer.inband import EPOCH_MODULUS
+from rdmaxfer.ring import RecvRing, SendRing
+
+
+class TwoEnds(RuleBasedStateMachine):
+    """A sender and a receiver joined by two in-order channels, as a reliable connection is."""
+
+    @initialize(slots=st.sampled_from([1, 2, 3, 4, 7, 16]))
+    def begin(self, slots: int) -> None:
+        self.slots = slots
+        self.send = SendRing(slots)
+        self.recv = RecvRing(slots)
+        self.wire: deque[tuple[int, int, int]] = deque()
+        self.credits: deque[int] = deque()
+        self.uncompleted: deque[int] = deque()
+        self.memory: dict[int, int] = {}
+        self.leased: set[int] = set()
+        self.epoch = 0
+        self.delivered = 0
+
+    @precondition(lambda self: self.send.can_take())
+    @rule()
+    def write(self) -> None:
+        position = self.send.take()
+        slot = position % self.slots
+        assert slot not in self.memory, "a slot was written while its frame was held"
+        self.memory[slot] = position
+        self.wire.append((self.epoch % EPOCH_MODULUS, slot, position))
+        self.uncompleted.append(position)
+
+    @precondition(lambda self: self.uncompleted)
+    @rule(data=st.data())
+    def complete(self, data: st.DataObject) -> None:
+        count = data.draw(st.integers(1, len(self.uncompleted)))
+        for _ in range(count):
+            last = self.uncompleted.popleft()
+        self.send.on_completed(last)
+
+    @precondition(lambda self: self.wire)
+    @rule()
+    def arrive(self) -> None:
+        epoch, slot, written = self.wire.popleft()
+        position, full = self.recv.check_frame(epoch, slot)
+        assert position == written == self.delivered
+        self.delivered += 1
+        self.recv.epoch, self.recv.received = full, position + 1
+        self.leased.add(position)
+
+    @precondition(lambda self: self.leased)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        position = data.draw(st.sampled_from(sorted(self.leased)))
+        self.leased.remove(position)
+        del self.memory[position % self.slots]
+        self.recv.release(position)
+        if self.recv.credit_due():
+            self.credits.append(self.recv.released)
+            self.recv.on_announced(self.recv.released)
+
+    @precondition(lambda self: self.credits)
+    @rule()
+    def credit(self) -> None:
+        self.send.on_credit(self.credits.popleft())
+
+    @precondition(lambda self: self.recv.spare_epoch == self.epoch)
+    @rule()
+    def resize(self) -> None:
+        self.epoch = self.recv.offer()
+
+    @invariant()
+    def never_ahead(self) -> None:
+        if hasattr(self, "send"):
+            assert 0 <= self.send.credit <= self.slots
+            assert self.send.released <= self.recv.released <= self.recv.received <= self.send.position
+
+    def teardown(self) -> None:
+        if not hasattr(self, "send"):
+            return
+        while self.wire:
+            self.arrive()
+        for position in sorted(self.leased):
+            self.recv.release(position)
+            if self.recv.credit_due():
+                self.credits.append(self.recv.released)
+                self.recv.on_announced(self.recv.released)
+        while self.credits:
+            self.credit()
+        assert self.send.released == self.send.position, "the sender was not told that everything is released"
+
+
+TwoEnds.TestCase.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+TestTwoEnds = TwoEnds.TestCase
+
+
+@given(slots=st.integers(1, 64), sent=st.integers(0, 64), lie=st.integers(0, 1 << 64))
+def test_a_credit_that_goes_back_or_ahead_is_refused(slots: int, sent: int, lie: int) -> None:
+    ring = SendRing(slots)
+    for _ in range(min(sent, slots)):
+        ring.take()
+    if lie > ring.position:
+        with pytest.raises(RemoteProtocolError):
+            ring.on_credit(lie)
+    else:
+        ring.on_credit(lie)
+        if lie:
+            with pytest.raises(RemoteProtocolError):
+                ring.on_credit(lie - 1)
+
+
+def test_a_repeated_credit_is_harmless() -> None:
+    ring = SendRing(4)
+    ring.take()
+    ring.on_credit(1)
+    ring.on_credit(1)
+    assert ring.credit == 4
+
+
+def test_no_frame_is_written_without_credit() -> None:
+    ring = SendRing(2)
+    ring.take()
+    ring.take()
+    with pytest.raises(LocalProtocolError):
+        ring.take()
+
+
+def test_a_slot_is_reused_only_after_its_completion() -> None:
+    ring = SendRing(1)
+    ring.take()
+    ring.on_credit(1)
+    assert not ring.can_take()
+    ring.on_completed(0)
+    assert ring.can_take()
+
+
+@given(slot=st.integers(0, 1 << 16), epoch=st.integers(0, EPOCH_MODULUS - 1))
+def test_only_the_next_slot_of_a_known_epoch_is_accepted(slot: int, epoch: int) -> None:
+    ring = RecvRing(8)
+    if (slot, epoch) == (0, 0):
+        assert ring.check_frame(epoch, slot) == (0, 0)
+    else:
+        with pytest.raises(RemoteProtocolError):
+            ring.check_frame(epoch, slot)
+
+
+def test_a_frame_without_credit_is_refused() -> None:
+    ring = RecvRing(2)
+    for slot in (0, 1):
+        ring.received = ring.check_frame(0, slot)[0] + 1
+    with pytest.raises(RemoteProtocolError, match="without credit"):
+        ring.check_frame(0, 0)
+
+
+def test_there_is_no_way_back_to_an_older_epoch() -> None:
+    ring = RecvRing(4)
+    ring.offer()
+    position, ring.epoch = ring.check_frame(1, 0)
+    ring.received = position + 1
+    with pytest.raises(RemoteProtocolError, match="epoch"):
+        ring.check_frame(0, 1)
+
+
+def test_releasing_twice_is_a_bug_here() -> None:
+    ring = RecvRing(4)
+    ring.received = 2
+    ring.release(1)
+    with pytest.raises(LocalProtocolError):
+        ring.release(1)
+    ring.release(0)
+    with pytest.raises(LocalProtocolError):
+        ring.release(0)
+
+
+def test_credit_is_coalesced_while_frames_are_held() -> None:
+    ring = RecvRing(16)
+    ring.received = 10
+    due = []
+    for position in range(9):
+        ring.release(position)
+        if ring.credit_due():
+            due.append(ring.released)
+            ring.on_announced(ring.released)
+    assert due == [4, 8]
+    ring.release(9)
+    assert ring.credit_due(), "all is released, and the sender may be waiting in flush"
