@@ -1,7 +1,7 @@
 """The bound side of the handshake: all sessions of one endpoint. Pure: bytes and times in, bytes out.
 
-Every request gets a reply, whatever it is. A request has effect once: its reply is kept and given again to a repeat. The
-handler is called from within these methods, and may call `end` and `close` itself.
+Every request gets a reply, whatever it is. A request has effect once: its reply is kept and given again to a repeat.
+The handler is called from within these methods, and may call `end` and `close` itself.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class ServerHandler(Protocol):
         """A Refuse leaves the session as it is."""
 
     def gone(self, session: bytes, reason: str, graceful: bool) -> None:
-        """Called exactly once for every session that `hello` accepted. `graceful`: one of the two sides said that it leaves."""
+        """Called exactly once for every session that `hello` accepted. `graceful`: one of the sides said it leaves."""
 
     def failed(self, error: Exception) -> None:
         """This handler raised `error`. What `failed` itself raises goes to the caller of the method."""
@@ -209,11 +209,11 @@ class ServerSessions:
             )
         try:
             reply = self._handler.hello(hello, peer)
+            if isinstance(reply, Refuse):
+                return self._remember_refusal(hello, data, self._send_refusal(key, reply))
         except Exception as error:
             self._handler.failed(error)
             return self._remember_refusal(hello, data, self._internal(key, error))
-        if isinstance(reply, Refuse):
-            return self._remember_refusal(hello, data, self._send_refusal(key, reply))
         lease_s = min(self._lease_s, hello.lease_s)
         session = _Session(hello.session, hello, lease_s, now_s + self._handshake_timeout_s)
         self._sessions[session.id] = session
@@ -359,4 +359,5 @@ def _name(message: Message) -> str:
 
 
 def _short(text: str) -> str:
+    text = text.encode("utf-8", "replace").decode()  # a path in an error can hold what is no Unicode
     return text if len(text) <= MAX_TEXT_CHARS else text[: MAX_TEXT_CHARS - 1] + "…"

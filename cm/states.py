@@ -1,16 +1,17 @@
 """The states of a session on both sides, and what may happen in each. Pure.
 
-A session has a connecting side, which asks, and a bound side, which answers; who of them sends frames is another matter. Each
-request is answered by exactly one reply. The connecting side has at most one request under way, and repeats it, with the same
-bytes, until it is answered or given up. So the bound side may see a request any number of times, or not at all.
+A session has a connecting side, which asks, and a bound side, which answers; who of them sends frames is another
+matter. Each request is answered by exactly one reply. The connecting side has at most one request under way, and
+repeats it, with the same bytes, until it is answered or given up. So the bound side may see a request any number of
+times, or not at all.
 
-- What is not in a table is an error: LocalProtocolError where this side did it, a refusal or RemoteProtocolError where the
-  peer did.
+- What is not in a table is an error: LocalProtocolError where this side did it, a refusal or RemoteProtocolError where
+  the peer did.
 - A refused HELLO makes no session. A refused READY ends it. A refused RESIZE leaves it as it was.
 - A session that has ended stays ended: its id is never taken again.
-- Who is not heard of is dead. The bound side counts from when it last received something; the connecting side from when it
-  *sent* the last request that was answered, which was earlier. So of two sides that lost sight of each other it is always the
-  connecting one that gives up first, and a bound side never serves a peer for longer than its lease.
+- Who is not heard of is dead. The bound side counts from when it last received something; the connecting side from when
+  it *sent* the last request that was answered, which was earlier. So of two sides that lost sight of each other it is
+  always the connecting one that gives up first, and a bound side never serves a peer for longer than its lease.
 """
 
 from __future__ import annotations

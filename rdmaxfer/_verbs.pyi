@@ -1,5 +1,4 @@
-"""The cffi extension that CMake builds from `_native/`."""
-
+# The cffi extension that CMake builds from _native/.
 from typing import Any
 
 ffi: Any

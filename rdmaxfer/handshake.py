@@ -6,6 +6,7 @@ sides agree on: fabric, GID, path MTU, slots, slot bytes.
 
 from __future__ import annotations
 
+import logging
 import secrets
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -19,6 +20,8 @@ from rdmaxfer.link import Link, LinkState
 if TYPE_CHECKING:
     from rdmaxfer.fabric.verbs import Endpoint
     from rdmaxfer.node import Node
+
+log = logging.getLogger("rdmaxfer")
 
 L = TypeVar("L", bound=Link)
 
@@ -116,6 +119,8 @@ class Acceptor(Generic[L]):
 
     def resize(self, session: bytes, resize: Resize) -> Resized | Refuse:
         link = self._links[session]
+        if not link.live:
+            return refusal(resize, RefuseCode.CLOSING, "this side is ending the connection.")
         try:
             ring = self._node.resize(link, resize.wanted_bytes, resize.ring)
         except RemoteProtocolError as error:
@@ -130,8 +135,9 @@ class Acceptor(Generic[L]):
             error = None if graceful else PeerLost(f"{link.peer} is gone: {reason}")
             self._node.session_ended(link, error)
 
-    def failed(self, error: BaseException) -> None:
-        self._node.control_failed(error)
+    def failed(self, error: Exception) -> None:
+        # That peer was refused as `internal`; the others are not to suffer for it.
+        log.error("a handshake failed by a mistake in rdmaxfer", exc_info=error)
 
 
 class Connector(Generic[L]):

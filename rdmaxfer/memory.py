@@ -24,7 +24,8 @@ class Buffer:
         if nbytes < 0:
             raise ValueError(f"a buffer can't have {nbytes} bytes")
         self.nbytes = nbytes
-        # Shared, so that a forked child neither gets a copy nor, by copy-on-write, takes the pages away that the device writes to.
+        # Shared, so that a forked child neither gets a copy nor, by copy-on-write, takes the pages away that the device
+        # writes to.
         self._map = mmap.mmap(-1, max(nbytes, 1))
         # The array made to ask for the address exports the mapping only until it is gone.
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
@@ -46,8 +47,11 @@ class Buffer:
         for extent in shape:
             count *= int(extent)
         self._check(offset, count * kind.itemsize)
+        # By way of an array: over a memoryview, numpy takes the object beneath for the base, and then lets anybody make
+        # a read-only array writable again.
         memory = memoryview(self._map)
-        return np.ndarray(tuple(shape), kind, memory if writable else memory.toreadonly(), offset)
+        base = np.frombuffer(memory if writable else memory.toreadonly(), np.uint8)
+        return np.ndarray(tuple(shape), kind, base, offset)
 
     def _check(self, offset: int, nbytes: int) -> None:
         if offset < 0 or nbytes < 0 or offset + nbytes > self.nbytes:

@@ -25,7 +25,6 @@ from rdmaxfer.cm import messages
 from rdmaxfer.cm.endpoint import parse
 from rdmaxfer.errors import (
     ClosedError,
-    ConnectTimeout,
     ForkedError,
     NotConnected,
     PeerLost,
@@ -47,6 +46,14 @@ log = logging.getLogger("rdmaxfer")
 
 SLICE_S = 0.1
 """Longest uninterrupted sleep: Ctrl-C is noticed within this time even if the signal went to another thread."""
+
+FOREVER_S = 1e9
+CONNECT_GRACE_S = 5.0
+BYE_S = 1.0
+"""How long to wait for the peer's answer to BYE."""
+
+MAX_PEERS = 1024
+"""Peers that one bound endpoint takes."""
 
 TEARDOWN_S = 1.0
 """How long a dying queue pair may take to give its work requests back."""
@@ -142,7 +149,7 @@ class Node(Generic[L]):
         Returns the endpoint with the port that was really bound (port 0 or * takes a free one). Raises EndpointError.
         """
         self._check_usable()
-        server = self._get_control().bind(endpoint, Acceptor(self), lease_s=self.lease_s)
+        server = self._get_control().bind(endpoint, Acceptor(self), lease_s=self.lease_s, max_sessions=MAX_PEERS)
         self._servers.append(server)
         return server.endpoint
 
@@ -158,23 +165,21 @@ class Node(Generic[L]):
         connector = Connector(self)
         connector.prepare(host)
         try:
-            connection = self._get_control().connect(endpoint, connector.hello, connector, deadline_s=deadline)
-            self._connections[connector.link.session] = connection
-            self._wait(connector.outcome, deadline, f"connecting to {endpoint}")
-        except BaseException as error:
-            self._give_up(connector)
-            if isinstance(error, TimeoutExpired):
-                raise ConnectTimeout(
-                    f"nobody answered at {endpoint} within {timeout} s.",
-                    fix="check that the peer is running and bound to this address and port, and that no firewall blocks the TCP port.",
-                ) from None
+            self._connections[connector.link.session] = self._get_control().connect(
+                endpoint,
+                connector.hello,
+                connector,
+                timeout_s=FOREVER_S if timeout is None else timeout,
+                lease_s=self.lease_s,
+            )
+            # The session has the deadline, and knows better what it waited for when it ran out.
+            self._wait(connector.outcome, deadline and deadline + CONNECT_GRACE_S, f"connecting to {endpoint}")
+        except BaseException:
+            connection = self._connections.pop(connector.link.session, None)
+            if connection is not None and not connection.ended:
+                connection.bye("gave up", BYE_S)
+            self.retire(connector.link)
             raise
-
-    def _give_up(self, connector: Connector[L]) -> None:
-        connection = self._connections.get(connector.link.session)
-        if connection is not None:
-            connection.bye("gave up")
-        self.retire(connector.link)
 
     def wait_for_peers(self, count: int = 1, timeout: float | None = None) -> None:
         """Wait until at least `count` peers are connected. Raises TimeoutExpired."""
@@ -302,9 +307,21 @@ class Node(Generic[L]):
         for link in [link for link in self._links if not link.live]:
             self._links.remove(link)
             self._note_end(link)
-            control = self._control
-            if control is not None and not self._closing:
-                control.call(lambda link=link: self._end_session(link))
+            if not self._closing:
+                self._on_control(lambda link=link: self._end_session(link))
+
+    def _on_control(self, work: Callable[[], None]) -> None:
+        """Have the control thread do something, for the errors of which nobody waits here."""
+
+        def run() -> None:
+            try:
+                work()
+            except BaseException as error:
+                self.control_failed(error)
+
+        if self._control is not None:
+            with contextlib.suppress(ClosedError):
+                self._control.call(run)
 
     def _note_end(self, link: L) -> None:
         """Count and report the end of a link. With the lock held, once a link."""
@@ -329,12 +346,12 @@ class Node(Generic[L]):
     def _end_session(self, link: L) -> None:
         """On the control thread: tell the peer, then destroy."""
         connection = self._connections.pop(link.session, None)
-        reason = str(link.error) if link.error is not None else "ended"
-        if connection is not None:
-            connection.bye(reason[:500])
-        else:
-            for server in self._servers:
-                server.end(link.session, reason[:500])
+        reason = str(link.error)[:500] if link.error is not None else "ended"
+        if connection is None:
+            assert self._control is not None
+            self._control.end(link.session, reason)
+        elif not connection.ended:
+            connection.bye(reason, BYE_S)
         self.retire(link)
 
     def session_ended(self, link: L, error: RdmaxferError | None) -> None:

@@ -168,7 +168,7 @@ class Receiver(Node[RecvLink]):
             return
         link.resizing = True
         connection = self._connections.get(link.session)
-        if connection is None or self._control is None:
+        if connection is None:
             raise RemoteProtocolError("the sender asked in band for a resize that it should have asked for by RESIZE")
 
         def grow() -> None:
@@ -182,7 +182,7 @@ class Receiver(Node[RecvLink]):
                 return
             connection.request_resize(wanted_bytes, ring)
 
-        self._control.call(grow)
+        self._on_control(grow)
 
     # --- what the handshake asks (rdmaxfer.handshake) -------------------------------------------------------------------
 

@@ -192,10 +192,10 @@ INIT
 
 # Arguments of a machine with nothing in it: no BIOS, no PCI; it boots in half the time of an ordinary one.
 machine() {
-  printf '%s\0' "$qemu" -M microvm,rtc=on -nodefaults -no-user-config -display none -no-reboot -m "$memory" -smp "$cpus" "$@" \
+  printf '%s\0' "$qemu" -M pc -nodefaults -no-user-config -display none -no-reboot -m "$memory" -smp "$cpus" "$@" \
     -kernel "$kernel/vmlinux" -initrd "$box/initrd" -serial "file:$box/console"
 }
-append="console=ttyS0 quiet loglevel=4 panic=-1 reboot=t mitigations=off random.trust_cpu=on"
+append="console=ttyS0 loglevel=7 panic=-1 reboot=t mitigations=off random.trust_cpu=on"
 
 # KVM that is there but does not work (nested, switched off) hangs for ever: it is used only after a guest came up with it.
 # The answer is kept until the next boot of the host.
@@ -233,11 +233,11 @@ processor=(-accel tcg,thread=multi,tb-size=512 -cpu Nehalem)
 if kvm_works; then processor=(-accel kvm -cpu host); fi
 mapfile -d '' -t engine_args < <(machine "${processor[@]}")
 share() {
-  engine_args+=(-fsdev "local,id=$1,path=${2//,/,,},security_model=none,multidevs=remap$3" -device "virtio-9p-device,fsdev=$1,mount_tag=$1")
+  engine_args+=(-fsdev "local,id=$1,path=${2//,/,,},security_model=none,multidevs=remap$3" -device "virtio-9p-pci,fsdev=$1,mount_tag=$1")
 }
 share host / ,readonly=on
 for i in "${!rw[@]}"; do share "rw$i" "${rw[$i]}" ''; done
-engine_args+=(-device virtio-rng-device -device virtio-serial-device)
+engine_args+=(-device virtio-rng-pci -device virtio-serial-pci)
 for port in out err; do
   ln "$box/$port" "$box/port-$port.out"
   mkfifo "$box/port-$port.in"

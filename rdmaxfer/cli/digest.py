@@ -1,8 +1,8 @@
 """Hashes of frames, by which the far end checks what arrived.
 
-Both are real content hashes: no damage goes unnoticed. SHA-256 is the one everybody knows (the first 64 digits of
-`sha256sum`), and the faster one on processors with SHA instructions. BLAKE2b does not need such instructions: where there
-are none, as in an emulated machine, it is three to four times as fast, so the demo uses it.
+Both are cryptographic hashes of the content: no damage goes unnoticed, as it could with a checksum. SHA-256 is the one
+that everybody can recompute, and the faster one on processors with SHA instructions. BLAKE2b needs no such ones:
+where there are none, as in an emulated machine, it is much faster, so the demo uses it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ def digest(array: np.ndarray[Any, Any], algorithm: str) -> str:
     """The hash of an array's bytes in C order, in hexadecimal."""
     flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     if algorithm == "blake2b":
-        return hashlib.blake2b(flat, digest_size=32).hexdigest()
-    return hashlib.sha256(flat).hexdigest()
+        return hashlib.blake2b(flat.data, digest_size=32).hexdigest()
+    return hashlib.sha256(flat.data).hexdigest()
 
 
 def check(array: np.ndarray[Any, Any], metadata: Mapping[str, Any]) -> str:

@@ -30,8 +30,8 @@ class Exit(enum.IntEnum):
 
 
 EXIT_CODES = f"""\
-exit codes: 0 all went well; 1 the operation failed; 2 wrong arguments; 3 no usable RDMA device or library; 4 the peer was
-not reached, or refused; 5 what arrived is not what was sent; 130 stopped by Ctrl-C.  {DEBUG}=1 shows tracebacks.
+exit codes: 0 all went well; 1 the operation failed; 2 wrong arguments; 3 no usable RDMA device or library; 4 the peer
+was not reached, or refused; 5 what arrived is not what was sent; 130 stopped by Ctrl-C. {DEBUG}=1 shows tracebacks.
 """
 
 
@@ -73,7 +73,9 @@ def report(error: BaseException) -> Exit:
     elif isinstance(error, OSError) and error.strerror:
         text = f"{printable(str(error.filename))}: {error.strerror}." if error.filename else f"{error.strerror}."
     else:
-        text = f"unexpected {type(error).__name__}: {error}. Fix: run it again with {DEBUG}=1 and report what it prints."
+        text = (
+            f"unexpected {type(error).__name__}: {error}. Fix: run it again with {DEBUG}=1 and report what it prints."
+        )
     print(f"rdmaxfer: {' '.join(text.split())}", file=sys.stderr)
     return exit_code(error)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import rdmaxfer
@@ -12,8 +13,8 @@ from rdmaxfer.cli.failure import CommandError, Exit
 from rdmaxfer.errors import TimeoutExpired
 
 ENDPOINT_HELP = (
-    "address of the meeting point, tcp://HOST:PORT. The side that connects names the other machine; the side that listens "
-    "names one of its own addresses, or 0.0.0.0 for all of them. Any free port above 1024 will do"
+    "address of the meeting point, tcp://HOST:PORT. The side that connects names the other machine; the side that "
+    "listens names one of its own addresses, or 0.0.0.0 for all of them. Any free port above 1024 will do"
 )
 CONNECT_TIMEOUT_S = 30.0
 
@@ -64,8 +65,8 @@ def wait_for_peers(sender: rdmaxfer.Sender, number: int, timeout: float | None) 
     except TimeoutExpired:
         raise CommandError(
             f"fewer than {number} receivers connected within {timeout:g} s.",
-            fix="start `rdmaxfer recv --connect` with an address of this machine and this port, and check that no firewall "
-            "blocks the TCP port.",
+            fix="start `rdmaxfer recv --connect` with an address of this machine and this port, and check that no "
+            "firewall blocks the TCP port.",
             code=Exit.NO_PEER,
         ) from None
 
@@ -73,20 +74,19 @@ def wait_for_peers(sender: rdmaxfer.Sender, number: int, timeout: float | None) 
 # --- types of arguments -----------------------------------------------------------------------------------------------
 
 
-class whole_number:  # noqa: N801
-    """A whole number from `least` on."""
+def whole_number(least: int) -> Callable[[str], int]:
+    """The type of a whole number from `least` on."""
 
-    def __init__(self, least: int) -> None:
-        self._least = least
-
-    def __call__(self, text: str) -> int:
+    def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
-            value = self._least - 1
-        if value < self._least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {self._least}")
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
         return value
+
+    return parse
 
 
 def positive(text: str) -> float:

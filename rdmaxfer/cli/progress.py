@@ -14,7 +14,12 @@ class Progress:
     """Counts frames; writes a line each second: over itself on a terminal, one below the other in a file."""
 
     def __init__(
-        self, verb: str, *, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic, quiet: bool = False
+        self,
+        verb: str,
+        *,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        quiet: bool = False,
     ) -> None:
         self._verb = verb
         self._stream = stream if stream is not None else sys.stderr

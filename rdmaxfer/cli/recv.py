@@ -15,12 +15,12 @@ HELP = "receive frames, verify and save them"
 DESCRIPTION = """\
 Receive frames from `rdmaxfer send`, or from any program with an rdmaxfer.Sender.
 
-The network card writes the frames into this process's memory; this command then counts them, and on request verifies and
-saves them. The two sides may be started in either order. Normally this side listens and the senders connect; with --connect
-here and --bind there it is the other way round.
+The network card writes the frames into this process's memory; this command then counts them, and on request verifies
+and saves them. The two sides may be started in either order. Normally this side listens and the senders connect; with
+--connect here and --bind there it is the other way round.
 
-It ends after --count frames, with --once when the senders have left, when the sender that it connected to has finished, or by
-Ctrl-C.
+It ends after --count frames, with --once when the senders have left, when the sender that it connected to has finished,
+or by Ctrl-C.
 """
 EXAMPLES = """\
 examples:
@@ -34,7 +34,9 @@ SHOWN_PROBLEMS = 10
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("endpoint", metavar="ENDPOINT", help=options.ENDPOINT_HELP)
-    parser.add_argument("--connect", action="store_true", help="connect to a sender at ENDPOINT rather than listen there")
+    parser.add_argument(
+        "--connect", action="store_true", help="connect to a sender at ENDPOINT rather than listen there"
+    )
     parser.add_argument("--out", metavar="DIR", help="save frames there: images as .png, everything else as .npy")
     parser.add_argument("--count", metavar="N", type=options.whole_number(1), help="end after N frames")
     parser.add_argument("--once", action="store_true", help="end when senders were there and all have left")
@@ -45,10 +47,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--timeout",
         metavar="S",
         type=options.positive,
-        help="longest wait in seconds: for the connection (30; when listening: no limit), and for each frame (no limit)",
+        help="longest wait in seconds: for the connection (30; no limit when listening), for each frame (no limit)",
     )
     parser.add_argument(
-        "--slot-bytes", metavar="SIZE", type=options.size, default=1 << 20, help="memory a frame begins with (1M); it grows"
+        "--slot-bytes",
+        metavar="SIZE",
+        type=options.size,
+        default=1 << 20,
+        help="memory a frame begins with (1M); it grows",
     )
     parser.add_argument(
         "--max-frame-bytes", metavar="SIZE", type=options.size, default=128 << 20, help="largest frame accepted (128M)"
@@ -63,7 +69,11 @@ def run(args: argparse.Namespace) -> int:
         sink.prepare()
     checker = Checker() if args.verify else None
     progress = Progress("received")
-    limits = {"slots": args.slots, "slot_bytes": args.slot_bytes, "max_frame_bytes": max(args.max_frame_bytes, args.slot_bytes)}
+    limits = {
+        "slots": args.slots,
+        "slot_bytes": args.slot_bytes,
+        "max_frame_bytes": max(args.max_frame_bytes, args.slot_bytes),
+    }
     with options.make_receiver(args, **limits) as receiver:
         if args.connect:
             receiver.connect(args.endpoint, timeout=args.timeout or options.CONNECT_TIMEOUT_S)
@@ -87,7 +97,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _receive_all(
-    receiver: rdmaxfer.Receiver, args: argparse.Namespace, progress: Progress, sink: Sink | None, checker: Checker | None
+    receiver: rdmaxfer.Receiver,
+    args: argparse.Namespace,
+    progress: Progress,
+    sink: Sink | None,
+    checker: Checker | None,
 ) -> None:
     while args.count is None or progress.frames < args.count:
         frame = _next(receiver, args)
@@ -130,7 +144,8 @@ def _nothing_came(timeout: float, *, reached: bool) -> CommandError:
         return CommandError(f"no frame came for {timeout:g} s.", fix="look at the sender, or give a longer --timeout.")
     return CommandError(
         f"no sender connected within {timeout:g} s.",
-        fix="start `rdmaxfer send` with an address of this machine and this port, and check that no firewall blocks the TCP port.",
+        fix="start `rdmaxfer send` with an address of this machine and this port, and check that no firewall blocks "
+        "the TCP port.",
         code=Exit.NO_PEER,
     )
 

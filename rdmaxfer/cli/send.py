@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import rdmaxfer
 from rdmaxfer.cli import options
-from rdmaxfer.cli.digest import ALGORITHMS, digest
+from rdmaxfer.cli.digest import ALGORITHMS
 from rdmaxfer.cli.failure import CommandError, Exit
 from rdmaxfer.cli.progress import Progress
-from rdmaxfer.cli.sources import Files, Item, Pattern, expand
+from rdmaxfer.cli.sources import Files, Item, Pattern, expand, repeated
 
 HELP = "send images, .npy arrays or a test pattern"
 DESCRIPTION = """\
 Send images, .npy arrays or a made-up test pattern to `rdmaxfer recv`, or to any program with an rdmaxfer.Receiver.
 
-A hash of every frame travels along, so that the other end can verify what arrived. The two sides may be started in either
-order. Normally the receiver listens and the sender connects; with --bind here and --connect there it is the other way round.
+A hash of every frame travels along, so that the other end can verify what arrived. The two sides may be started in
+either order. Normally the receiver listens and the sender connects; with --bind here and --connect there it is the
+other way round.
 """
 EXAMPLES = """\
 examples:
@@ -36,23 +38,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("sources", metavar="SOURCE", nargs="*", help=".npy or image files, directories, or 'globs'")
     parser.add_argument("--pattern", metavar="SHAPE:DTYPE", help="send made-up frames, e.g. 1080x1920x3:uint8")
     parser.add_argument(
-        "--count", metavar="N", type=options.whole_number(1), help=f"stop after N frames ({DEFAULT_COUNT} with --pattern)"
+        "--count",
+        metavar="N",
+        type=options.whole_number(1),
+        help=f"send only N frames, or N made-up ones ({DEFAULT_COUNT})",
     )
     parser.add_argument("--split", action="store_true", help="send each .npy array along its first axis, part by part")
     parser.add_argument("--repeat", metavar="N", type=_repeat, default=1, help="send everything N times, or `forever`")
-    parser.add_argument("--fps", metavar="F", type=options.positive, help="frames per second (default: as fast as it goes)")
     parser.add_argument(
-        "--hash", choices=[*ALGORITHMS, "none"], default="sha256", help="hash to attach to each frame (sha256); none is faster"
+        "--fps", metavar="F", type=options.positive, help="frames per second (default: as fast as it goes)"
+    )
+    parser.add_argument(
+        "--hash",
+        choices=[*ALGORITHMS, "none"],
+        default="sha256",
+        help="hash to attach to each frame (sha256); none is faster",
     )
     parser.add_argument("--bind", action="store_true", help="listen at ENDPOINT rather than connect to it")
     parser.add_argument(
-        "--peers", metavar="N", type=options.whole_number(1), default=1, help="with --bind: begin when N receivers are there (1)"
+        "--peers",
+        metavar="N",
+        type=options.whole_number(1),
+        default=1,
+        help="with --bind: begin when N receivers are there (1)",
     )
     parser.add_argument(
         "--timeout",
         metavar="S",
         type=options.positive,
-        help="longest wait in seconds: for the receiver (30; with --bind: no limit), and for it to take frames (no limit)",
+        help="longest wait in seconds: for the receiver (30; no limit with --bind), for it to take frames (no limit)",
     )
     options.add_slot_option(parser)
     options.add_device_options(parser)
@@ -89,13 +103,11 @@ def _push_all(sender: rdmaxfer.Sender, items: Iterable[Item], args: argparse.Nam
     progress.start()
     begun = time.monotonic()
     for index, item in enumerate(items):
-        if index == args.count:
-            break
         if args.fps is not None:
             time.sleep(max(0.0, begun + index / args.fps - time.monotonic()))
         metadata: dict[str, Any] = {"name": item.name, "index": index, "source": item.source}
         if args.hash != "none":
-            metadata[args.hash] = digest(item.array, args.hash)
+            metadata[args.hash] = item.digest(args.hash)
         sender.push(item.array, metadata=metadata, captured_ns=time.time_ns(), timeout=args.timeout)
         progress.add(item.array.nbytes)
 
@@ -105,16 +117,11 @@ def _items(args: argparse.Namespace) -> Iterator[Item]:
     if args.pattern is not None:
         if args.sources:
             raise CommandError("--pattern and files exclude each other.", fix="give one of the two.", code=Exit.USAGE)
-        return _repeated(Pattern.parse(args.pattern, args.count or DEFAULT_COUNT), args.repeat)
+        return repeated(Pattern.parse(args.pattern, args.count or DEFAULT_COUNT), args.repeat)
     if not args.sources:
         raise CommandError(
-            "there is nothing to send.", fix="name files or a directory, or use --pattern 1080x1920x3:uint8.", code=Exit.USAGE
+            "there is nothing to send.",
+            fix="name files or a directory, or use --pattern 1080x1920x3:uint8.",
+            code=Exit.USAGE,
         )
-    return _repeated(Files(expand(args.sources), split=args.split), args.repeat)
-
-
-def _repeated(items: Iterable[Item], times: int) -> Iterator[Item]:
-    done = 0
-    while times == 0 or done < times:
-        yield from items
-        done += 1
+    return itertools.islice(repeated(Files(expand(args.sources), split=args.split), args.repeat), args.count)

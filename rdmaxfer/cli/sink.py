@@ -1,4 +1,4 @@
-"""Where `rdmaxfer recv --out` puts frames. Names come from numbers alone: what a peer calls a file is never a path here."""
+"""Where `rdmaxfer recv --out` puts frames. Names come from numbers: what a peer calls a file is never a path here."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ class Sink:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except FileExistsError:
-            raise CommandError(f"{self.directory} is not a directory.", fix="give --out another name.", code=Exit.USAGE) from None
+            raise CommandError(
+                f"{self.directory} is not a directory.", fix="give --out another name.", code=Exit.USAGE
+            ) from None
 
     def save(self, frame: Frame) -> Path:
         number = self._peers.setdefault(frame.peer, len(self._peers))
@@ -46,7 +48,11 @@ class Sink:
 
 def _as_image(array: np.ndarray[Any, Any]) -> Any:
     """A Pillow image, or None if it can't be one."""
-    if array.dtype != np.uint8 or array.size == 0 or not (array.ndim == 2 or array.ndim == 3 and array.shape[2] in (3, 4)):
+    if (
+        array.dtype != np.uint8
+        or array.size == 0
+        or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4)))
+    ):
         return None
     try:
         from PIL import Image

@@ -5,33 +5,42 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rdmaxfer.cli.digest import digest
 from rdmaxfer.cli.failure import CommandError, Exit, printable
 from rdmaxfer.frame import frame_type
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".ppm", ".pgm"})
-PILLOW = "pip install pillow"
+PILLOW = "pip install 'rdmaxfer[images]', or pip install pillow"
+KEEP_BYTES = 1 << 29
 
 Array = np.ndarray[Any, Any]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Item:
     """A frame to send. `source` is "npy", "image" or "pattern"."""
 
     name: str
     source: str
     array: Array
+    _digests: dict[str, str] = field(default_factory=dict)
+
+    def digest(self, algorithm: str) -> str:
+        """The hash of the array, made once."""
+        if algorithm not in self._digests:
+            self._digests[algorithm] = digest(self.array, algorithm)
+        return self._digests[algorithm]
 
 
 def expand(arguments: Sequence[str]) -> list[Path]:
-    """The files meant by arguments: files, directories (what is in them, sorted), and globs that the shell left alone."""
+    """The files that arguments mean: files, what is in directories (sorted), and globs that the shell left alone."""
     files: list[Path] = []
     for argument in arguments:
         path = Path(argument)
@@ -81,7 +90,9 @@ class Files:
                 yield Item(name, "npy", array)
                 continue
             if array.ndim == 0:
-                raise CommandError(f"{printable(path.name)} holds a single value.", fix="leave --split out.", code=Exit.USAGE)
+                raise CommandError(
+                    f"{printable(path.name)} holds a single value.", fix="leave --split out.", code=Exit.USAGE
+                )
             for part in array:
                 yield Item(name, "npy", np.asarray(part))
 
@@ -113,6 +124,24 @@ def load_image(path: Path) -> Array:
             return np.asarray(plain)
     except UnidentifiedImageError:
         raise CommandError(f"{printable(str(path))} is not an image that Pillow can read.") from None
+
+
+def repeated(items: Iterable[Item], times: int, *, keep_bytes: int = KEEP_BYTES) -> Iterator[Item]:
+    """The items again and again, for ever if `times` is 0. From the second time on out of memory, if they fit."""
+    kept: list[Item] = []
+    fits = times != 1 and not isinstance(items, Pattern)
+    for item in items:
+        keep_bytes -= item.array.nbytes
+        fits = fits and keep_bytes >= 0
+        if fits:
+            kept.append(item)
+        else:
+            kept.clear()
+        yield item
+    done = 1
+    while times == 0 or done < times:
+        yield from kept or items
+        done += 1
 
 
 class Pattern:

@@ -1,8 +1,8 @@
 """What a fabric offers to a link: memory that a peer may write to, and an endpoint that writes in order.
 
-`verbs.py` is the one implementation. The words are those of verbs, the meaning is not bound to them: writes arrive in the
-order they were posted, a write with an immediate completes at the peer after all earlier data, and memory is described by
-(address, length, key).
+`verbs.py` is the one implementation. The words are those of verbs, the meaning is not bound to them: writes arrive in
+the order they were posted, a write with an immediate completes at the peer after all earlier data, and memory is
+described by (address, length, key).
 """
 
 from __future__ import annotations

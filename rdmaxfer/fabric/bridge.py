@@ -1,9 +1,9 @@
 """pyverbs, in all its versions: a guarded import, one spelling of its enums and errors, and the way to its `ibv_pd *`.
 
 The pointer. From version 59 on, `PD.pd` is the address as an int. Before, that property is a broken cast: reading it
-crashes the process. There the pointer is the first field that the PD type adds to its base type, so it lies at
-`id(pd) + base.__basicsize__`. It is looked at only through the native core's safe read, and believed only if what it points
-to says what pyverbs says: the PD's handle and, through its context, the device's command fd. Otherwise we refuse.
+crashes the process. There the pointer is the first field that the PD type adds to its base type, so it lies at `id(pd)
++ base.__basicsize__`. It is looked at only through the native core's safe read, and believed only if what it points to
+says what pyverbs says: the PD's handle and, through its context, the device's command fd. Otherwise we refuse.
 """
 
 from __future__ import annotations
@@ -62,12 +62,13 @@ def _unavailable(error: ImportError) -> VerbsUnavailable:
     if isinstance(error, ModuleNotFoundError) and error.name == "pyverbs":
         return VerbsUnavailable(
             f"pyverbs is not importable by {python}.",
-            fix="apt install python3-pyverbs, or dnf install python3-pyverbs. It comes with the distribution's own Python: a "
-            "virtual environment sees it only if it was made with /usr/bin/python3 -m venv --system-site-packages.",
+            fix="apt install python3-pyverbs, or dnf install python3-pyverbs. It comes with the distribution's own "
+            "Python: a virtual environment sees it only if it was made with /usr/bin/python3 -m venv "
+            "--system-site-packages.",
         )
     return VerbsUnavailable(
         f"pyverbs is there, but {python} can't load it: {error}.",
-        fix="pyverbs must have the version of the libibverbs of this machine, and be built for this Python: install the "
+        fix="pyverbs must have the version of this machine's libibverbs, and be built for this Python: install the "
         "distribution's python3-pyverbs, and use the distribution's python3 with --system-site-packages.",
     )
 
@@ -110,17 +111,17 @@ def verbs_error(error: Exception, verb: str) -> VerbsError:
     return native.verbs_error(verb, code if isinstance(code, int) and code > 0 else 0, str(error).rstrip("."))
 
 
-# --- ibv_pd * ----------------------------------------------------------------------------------------------------------
+# --- ibv_pd * ---------------------------------------------------------------------------------------------------------
 
 
 def pd_pointer(pd: Any, context: Any) -> int:
-    """The address of the `struct ibv_pd` that belongs to a pyverbs PD of `context`. Raises VerbsUnavailable, never crashes."""
+    """The address of the `struct ibv_pd` of a pyverbs PD of `context`. Raises VerbsUnavailable, never crashes."""
     pointer = _from_property(pd) if _has_usable_property() else _from_layout(pd)
     problem = _mismatch(pointer, pd, context)
     if problem:
         raise VerbsUnavailable(
-            f"rdmaxfer does not know the layout of this pyverbs (version {version()}, Python {sys.version.split()[0]}), and "
-            f"refuses rather than guesses: {problem}.",
+            "rdmaxfer does not know the layout of this pyverbs "
+            f"(version {version()}, Python {sys.version.split()[0]}), and refuses rather than guesses: {problem}.",
             fix="use the distribution's python3-pyverbs, or report the two versions to rdmaxfer.",
         )
     return pointer

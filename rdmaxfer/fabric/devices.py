@@ -87,7 +87,7 @@ class Route:
         return f"{self.device} port {self.port} GID {self.gid_index} ({gid_to_ip(self.gid)})"
 
 
-# --- looking -----------------------------------------------------------------------------------------------------------
+# --- looking ----------------------------------------------------------------------------------------------------------
 
 
 def list_devices() -> tuple[Device, ...]:
@@ -116,7 +116,9 @@ def _look_at(verbs: Any, entry: Any) -> Device:
         attributes = {number: context.query_port(number) for number in numbers}
         table = context.query_gid_table(sum(port.gid_tbl_len for port in attributes.values()))
         gids = [(entry.port_num, _gid(entry)) for entry in table]
-        ports = tuple(_port(number, port, [gid for at, gid in gids if at == number]) for number, port in attributes.items())
+        ports = tuple(
+            _port(number, port, [gid for at, gid in gids if at == number]) for number, port in attributes.items()
+        )
         return Device(name, transport, ports)
     except Exception as error:
         if type(error).__module__.startswith("pyverbs"):
@@ -146,7 +148,7 @@ def _port(number: int, attributes: Any, gids: Sequence[Gid]) -> Port:
     )
 
 
-# --- choosing ----------------------------------------------------------------------------------------------------------
+# --- choosing ---------------------------------------------------------------------------------------------------------
 
 
 class _Candidate(NamedTuple):
@@ -167,18 +169,22 @@ def choose_gid(
 ) -> Route:
     """The entry to reach a peer from.
 
-    `local_ip` is the address that the route to the peer leaves from (`route.local_ip_towards`), `peer_ip` the peer's address and
-    `peer_gid` its GID, each if known. What the caller names (`device`, `port`, `gid_index`) is taken or refused, never replaced.
-    In this order:
+    `local_ip` is the address that the route to the peer leaves from (`route.local_ip_towards`), `peer_ip` the peer's
+    address and `peer_gid` its GID, each if known. What the caller names (`device`, `port`, `gid_index`) is taken or
+    refused, never replaced. In this order:
 
     1. the entry that the caller named by its index;
     2. the RoCE entry whose address is `local_ip`: two hosts on one IP network reach each other from there;
     3. an InfiniBand port, which has its own network and no IP addresses to compare;
-    4. if the peer is on this host, or the caller named the device: the best entry, of the peer's kind where there is one.
+    4. if the peer is on this host, or the caller named the device: the best entry, of the peer's kind if there is one.
     """
     candidates = list(_candidates(devices, device, port, gid_index))
     roce = [candidate for candidate in candidates if candidate.port.link_layer == ETHERNET]
-    infiniband = [c for c in candidates if c.port.link_layer == INFINIBAND and (c.gid.index == 0 or gid_index is not None)]
+    infiniband = [
+        each
+        for each in candidates
+        if each.port.link_layer == INFINIBAND and (each.gid.index == 0 or gid_index is not None)
+    ]
 
     if gid_index is not None and (device is not None or len(candidates) == 1):
         return _route(min(candidates, key=_preference), "named by the caller")
@@ -186,13 +192,15 @@ def choose_gid(
         wanted = ip_to_gid(local_ip)
         exact = [candidate for candidate in roce if candidate.gid.raw == wanted]
         if exact:
-            return _route(min(exact, key=_preference), f"its address {local_ip} is where the route to the peer leaves from")
+            return _route(min(exact, key=_preference), f"the route to the peer leaves from its address {local_ip}")
     if infiniband:
         return _route(infiniband[0], "the first active InfiniBand port")
 
     same_host = local_ip is not None and (local_ip.is_loopback or local_ip == peer_ip)
     if roce and (same_host or device is not None):
-        model = peer_gid if peer_gid is not None else (ip_to_gid(local_ip) if local_ip and not local_ip.is_loopback else None)
+        model = peer_gid
+        if model is None and local_ip is not None and not local_ip.is_loopback:
+            model = ip_to_gid(local_ip)
         kind = _kind(model) if model is not None else None
         best = min(roce, key=lambda c: (_kind(c.gid.raw) != kind if kind is not None else False, *_preference(c)))
         why = "the peer is on this host" if same_host else f"the best entry of {device}, which the caller named"
@@ -203,7 +211,7 @@ def choose_gid(
 def _candidates(
     devices: Sequence[Device], device: str | None, port: int | None, gid_index: int | None
 ) -> Iterator[_Candidate]:
-    """Entries of active ports that the caller's names allow. Raises NoDevice, saying what is wrong, if there is none."""
+    """Entries of active ports that the caller's names allow. Raises NoDevice, saying what is wrong, if none are."""
     if not devices:
         raise NoDevice(
             "this machine has no RDMA device.",
@@ -222,7 +230,7 @@ def _candidates(
     if not active:
         raise NoDevice(
             f"no port is active: {_listing(usable)}.",
-            fix="bring the network interface up (`ip link set DEV up`), or start the subnet manager of the InfiniBand network.",
+            fix="bring the network interface up (`ip link set DEV up`), or start InfiniBand's subnet manager.",
         )
     found = False
     for each, one in active:
@@ -272,8 +280,8 @@ def _no_match(devices: Sequence[Device], local_ip: IPAddress | None) -> NoDevice
     where = f"has the address {local_ip}, from which the route to the peer leaves" if local_ip else "leads to the peer"
     return NoDevice(
         f"no RDMA device {where}; there is {_listing(devices)}.",
-        fix="put Soft-RoCE on the network interface with that address (scripts/setup_softroce.sh up --netdev DEV), connect by "
-        "an address of the RDMA network, or name the device (device=...).",
+        fix="put Soft-RoCE on the network interface with that address (scripts/setup_softroce.sh up --netdev DEV), "
+        "connect by an address of the RDMA network, or name the device (device=...).",
     )
 
 

@@ -25,10 +25,10 @@ def extension() -> Any:
         return importlib.import_module("rdmaxfer._verbs")
     except ModuleNotFoundError as error:
         raise VerbsUnavailable(
-            "rdmaxfer was installed without its native core (rdmaxfer._verbs): the headers of libibverbs, those of Python, "
-            "or a C compiler were missing when it was built.",
-            fix="apt install gcc libibverbs-dev python3-dev, or dnf install gcc rdma-core-devel python3-devel; then reinstall "
-            "rdmaxfer (pip install --force-reinstall --no-cache-dir).",
+            "rdmaxfer was installed without its native core (rdmaxfer._verbs): the headers of libibverbs, those of "
+            "Python, or a C compiler were missing when it was built.",
+            fix="apt install gcc libibverbs-dev python3-dev, or dnf install gcc rdma-core-devel python3-devel; then "
+            "reinstall rdmaxfer (pip install --force-reinstall --no-cache-dir).",
         ) from error
     except ImportError as error:
         raise VerbsUnavailable(
@@ -59,30 +59,35 @@ def library() -> Any:
         return _loaded[path]
 
 
-# --- return codes ------------------------------------------------------------------------------------------------------
+# --- return codes -----------------------------------------------------------------------------------------------------
 
 _MEMLOCK = "raise the limit on locked memory (`ulimit -l`), or use fewer or smaller queues."
 
+_RTR = "ibv_modify_qp(RTR)"
+
 _FIXES: dict[tuple[str, int], str] = {
     ("ibv_modify_qp(INIT)", errno.EINVAL): "check that the port number exists on this device (`rdmaxfer devices`).",
-    ("ibv_modify_qp(RTR)", errno.EINVAL): "the usual cause is a GID that does not lead to the peer, or a path MTU above the "
-    "port's active one: compare `rdmaxfer devices` on both hosts, and name device= and gid_index= if the wrong one was chosen.",
-    ("ibv_modify_qp(RTR)", errno.ENETUNREACH): "there is no route from this GID to the peer's: choose a GID of the peer's network.",
-    ("ibv_modify_qp(RTR)", errno.ETIMEDOUT): "the peer's address did not resolve to a MAC address: is the peer up, and on the "
-    "same network as this GID?",
-    ("ibv_modify_qp(RTR)", errno.EHOSTUNREACH): "the peer's address did not answer: is the peer up, and on this GID's network?",
+    (
+        _RTR,
+        errno.EINVAL,
+    ): "the usual cause is a GID that does not lead to the peer, or a path MTU above the port's active "
+    "one: compare `rdmaxfer devices` on both hosts, and name device= and gid_index= if the wrong one was chosen.",
+    (_RTR, errno.ENETUNREACH): "there is no route from this GID to the peer's: choose a GID of the peer's network.",
+    (_RTR, errno.ETIMEDOUT): "the peer's address did not resolve: is the peer up, and on the network of this GID?",
+    (_RTR, errno.EHOSTUNREACH): "the peer's address did not answer: is the peer up, and on the network of this GID?",
     ("ibv_create_cq", errno.EINVAL): "the device allows fewer completion entries: use fewer slots.",
     ("ibv_create_cq", errno.ENOMEM): _MEMLOCK,
     ("ibv_create_qp", errno.EINVAL): "the device allows fewer or smaller work requests: use fewer slots.",
     ("ibv_create_qp", errno.ENOMEM): _MEMLOCK,
     ("ibv_post_send", errno.ENOMEM): "the send queue is full: more was posted than its depth.",
     ("ibv_post_recv", errno.ENOMEM): "the receive queue is full: more was posted than its depth.",
-    ("ibv_fork_init", errno.EINVAL): "memory was registered before: open rdmaxfer's devices first, or set RDMAV_FORK_SAFE=1.",
+    ("ibv_fork_init", errno.EINVAL): "memory was registered before: open rdmaxfer's devices first, or set the "
+    "environment variable RDMAV_FORK_SAFE=1.",
 }
 
 _FIX_BY_ERRNO: dict[int, str] = {
-    errno.EPERM: "the process lacks a permission: check the rights on /dev/infiniband, and in a container the device and "
-    "capability options.",
+    errno.EPERM: "the process lacks a permission: check the rights on /dev/infiniband, and in a container the device "
+    "and capability options.",
     errno.EACCES: "the process may not open the device: check the rights on /dev/infiniband.",
     errno.ENODEV: "the device has gone: check `rdma link`.",
     errno.EIO: "the device has failed or has gone: check `rdma link` and the kernel log.",
@@ -111,7 +116,7 @@ def check(rc: int, error: Any) -> int:
     raise verbs_error(extension().ffi.string(error.verb).decode(), error.err)
 
 
-# --- completions -------------------------------------------------------------------------------------------------------
+# --- completions ------------------------------------------------------------------------------------------------------
 
 # enum ibv_wc_status, verbs.h
 _STATUS = (
@@ -150,10 +155,10 @@ _MEANING: dict[str, str] = {
     "WC_LOC_PROT_ERR": "a work request of ours names memory that is not registered in this protection domain",
     "WC_WR_FLUSH_ERR": "the queue pair was moved to the error state while this was outstanding",
     "WC_REM_INV_REQ_ERR": "the peer's queue pair does not allow this operation",
-    "WC_REM_ACCESS_ERR": "the peer's memory is not registered (any more), or the key, the address or the rights don't fit",
+    "WC_REM_ACCESS_ERR": "the peer's memory is not registered (any more), or its key, address or rights don't fit",
     "WC_REM_OP_ERR": "the peer's device could not carry out the request",
-    "WC_RETRY_EXC_ERR": "the peer did not answer: it has gone, the network is cut, the path MTU is too large for the way, or "
-    "UDP port 4791 is closed by a firewall",
+    "WC_RETRY_EXC_ERR": "the peer did not answer: it has gone, the network is cut, the path MTU is too large, "
+    "or UDP port 4791 is closed by a firewall",
     "WC_RNR_RETRY_EXC_ERR": "the peer had no receive posted for too long",
     "WC_FATAL_ERR": "the device has failed",
 }

@@ -3,8 +3,8 @@
 - `close()` closes what was made from this and is still open, latest first, then this. Doing it twice is harmless.
 - A parent holds its open children: nothing is destroyed behind anybody's back. `__del__` only warns.
 - After fork() the child has the same file descriptors: whatever it destroyed would be destroyed for the parent process.
-  So in the child every owner is abandoned: it can't be used (ForkedError), and nothing is ever destroyed, not even when the
-  interpreter shuts down and collects pyverbs' objects.
+  So in the child every owner is abandoned: it can't be used (ForkedError), and nothing is ever destroyed, not even when
+  the interpreter shuts down and collects pyverbs' objects.
 """
 
 from __future__ import annotations

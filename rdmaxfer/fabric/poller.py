@@ -16,9 +16,9 @@ class Poller(Owner):
 
     A completion has the fields of `rx_wc` (verbs.h) and is valid until the next call of the method that returned it.
 
-    While one thread is in `wait`, nobody may call `poll`: the waiting thread's completions would be the older ones, but be
-    handled later. And an endpoint is drained or closed only when no thread waits for it: `watch` the others, `wake`, and go on
-    when the waiting thread is out.
+    While one thread is in `wait`, nobody may call `poll`: the waiting thread's completions would be the older ones, but
+    be handled later. And an endpoint is drained or closed only when no thread waits for it: `watch` the others, `wake`,
+    and go on when the waiting thread is out.
     """
 
     def __init__(self, max_completions: int = 128) -> None:

@@ -26,7 +26,8 @@ def ip_to_gid(ip: IPAddress) -> bytes:
 def local_ip_towards(host: str) -> IPAddress | None:
     """The local address that packets to `host` (a name or an address, IPv6 also with a scope) leave from.
 
-    None if the host is unknown or no route leads there. Nothing is sent: connecting a UDP socket only asks the routing table.
+    None if the host is unknown or no route leads there. Nothing is sent: connecting a UDP socket only asks the routing
+    table.
     """
     host = host.removeprefix("[").removesuffix("]")
     try:

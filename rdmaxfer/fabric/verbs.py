@@ -1,9 +1,11 @@
 """Verbs resources: device and protection domain and memory through pyverbs, queue pairs through the native core.
 
-    with Domain(route) as domain, domain.protection_domain() as pd:
-        endpoint = Endpoint(pd, route, send_depth=64, recv_depth=64, remote_write=True)   # INIT, receives posted
-        ... endpoint.address goes to the peer, the peer's comes back ...
-        endpoint.connect(qp_num=..., psn=..., gid=..., lid=..., path_mtu=...)              # RTR, RTS
+```
+with Domain(route) as domain, domain.protection_domain() as pd:
+    endpoint = Endpoint(pd, route, send_depth=64, recv_depth=64, remote_write=True)   # INIT, receives posted
+    ... endpoint.address goes to the peer, the peer's comes back ...
+    endpoint.connect(qp_num=..., psn=..., gid=..., lid=..., path_mtu=...)             # RTR, RTS
+```
 """
 
 from __future__ import annotations
@@ -56,7 +58,9 @@ class Domain(Owner):
             if not _is_pyverbs(error):
                 raise
             if "find device" in str(error):
-                raise NoDevice(f"there is no RDMA device {self.name!r}.", fix="`rdmaxfer devices` lists those there are.") from error
+                raise NoDevice(
+                    f"there is no RDMA device {self.name!r}.", fix="`rdmaxfer devices` lists those there are."
+                ) from error
             raise bridge.verbs_error(error, "ibv_open_device") from error
         self._opened()
 
@@ -114,7 +118,9 @@ class ProtectionDomain(Owner):
 class Region(Owner):
     """Registered memory. It holds the memory, so that nobody frees what the device may still write to."""
 
-    def __init__(self, pd: ProtectionDomain, address: int, nbytes: int, keepalive: object, *, remote_write: bool) -> None:
+    def __init__(
+        self, pd: ProtectionDomain, address: int, nbytes: int, keepalive: object, *, remote_write: bool
+    ) -> None:
         super().__init__(pd)
         self.address = address
         self.nbytes = nbytes
@@ -162,8 +168,8 @@ class EndpointAddress:
 class Endpoint(Owner):
     """One end of a reliable connection: a queue pair with its own completion queue and channel.
 
-    Posting reuses prepared work requests, so one thread at a time. `remote_write` lets the peer write to this domain's memory
-    that was registered so. After the constructor every receive is posted, with the wr_ids 0 to `recv_depth` - 1.
+    Posting reuses prepared work requests, so one thread at a time. `remote_write` lets the peer write to this domain's
+    memory that was registered so. After the constructor every receive is posted, with the wr_ids 0 to `recv_depth` - 1.
     """
 
     def __init__(
@@ -184,9 +190,11 @@ class Endpoint(Owner):
         self._recv_bytes = recv_bytes
         self._psn = secrets.randbits(24)
         self._max_msg_sz = route.max_msg_sz
+        self._send_turn = 0
         self._ffi, self._lib = native.extension().ffi, native.extension().lib
         self._error = self._ffi.new("rx_error *")
         self._posted = self._ffi.new("int *")
+        self._recv_posted = self._ffi.new("int *")
         with ExitStack() as undo:
             self._scratch = Buffer(recv_depth * recv_bytes + (send_depth + 1) * MAX_SEND)
             self._scratch_view = self._scratch.view(0, self._scratch.nbytes)
@@ -222,7 +230,7 @@ class Endpoint(Owner):
         )
 
     def connect(self, *, qp_num: int, psn: int, gid: bytes, lid: int, path_mtu: int, max_msg_sz: int = 0) -> None:
-        """Connect to the peer's endpoint. `path_mtu` is the smaller of both active MTUs; `max_msg_sz` the peer's, if known."""
+        """Connect to the peer's endpoint. `path_mtu`: the smaller active one; `max_msg_sz`: the peer's, or 0."""
         self._check_open()
         if len(gid) != 16:
             raise ValueError(f"a GID has 16 bytes, not {len(gid)}")
@@ -270,11 +278,21 @@ class Endpoint(Owner):
     ) -> None:
         """Write header and payload, gathered, to `remote_address`; the peer sees the immediate after all of it.
 
-        One work request, or `wr_count` of them with the same wr_id, of which only the last carries the immediate and the signal.
+        One work request, or `wr_count` of them with the same wr_id; only the last carries the immediate and the signal.
         """
         if header_bytes + nbytes > self._max_msg_sz:
             self._write_split(
-                header_address, header_bytes, header_lkey, address, nbytes, lkey, remote_address, rkey, imm, wr_id, signaled
+                header_address,
+                header_bytes,
+                header_lkey,
+                address,
+                nbytes,
+                lkey,
+                remote_address,
+                rkey,
+                imm,
+                wr_id,
+                signaled,
             )
             return
         wr, addr, length, keys = self._wr, self._wr_addr, self._wr_length, self._wr_lkey
@@ -381,7 +399,7 @@ class Endpoint(Owner):
 
     @property
     def last_posted(self) -> int:
-        """Work requests that the device took since `clear_posted`: kept in C, so it holds also when Ctrl-C hid the return."""
+        """Work requests that the device took since `clear_posted`: kept in C, so it holds also if Ctrl-C hid it."""
         return int(self._posted[0])
 
     def repost_recv(self, wr_ids: Iterable[int]) -> None:
@@ -390,7 +408,7 @@ class Endpoint(Owner):
         for wr_id in wr_ids:
             self._recv_batch[n] = self._recv_wrs[wr_id]
             n += 1
-        if n and self._lib.rx_post_recv(self._qp, self._recv_batch, n, self._posted, self._error):
+        if n and self._lib.rx_post_recv(self._qp, self._recv_batch, n, self._recv_posted, self._error):
             self._check(-1)
 
     def recv_payload(self, wr_id: int, nbytes: int) -> bytes:
@@ -408,15 +426,15 @@ class Endpoint(Owner):
     # --- end ---
 
     def to_error(self) -> None:
-        """Cancel everything outstanding: it completes with WC_WR_FLUSH_ERR. The peer sees WC_RETRY_EXC_ERR when it writes."""
+        """Cancel everything outstanding: it completes with WC_WR_FLUSH_ERR. The peer's writes will fail."""
         self._check_open()
         self._check(self._lib.rx_qp_to_err(self._qp, self._error))
 
     def drain(self, timeout_s: float) -> bool:
-        """Cancel everything outstanding and take its completions. True if all of them came; a device's errors only make it False.
+        """Cancel everything outstanding and take its completions. True if all came; errors of the device make it False.
 
-        Unsignalled work requests that succeeded have no completion, so a last one is posted: queues are flushed in order. The
-        completions are dropped: handle what matters before. Nobody else may poll this endpoint meanwhile.
+        Unsignalled work requests that succeeded have no completion, so a last one is posted: queues are flushed in
+        order. The completions are dropped: handle what matters before. Nobody else may poll this endpoint meanwhile.
         """
         self._check_open()
         ffi, lib, qp, error = self._ffi, self._lib, self._qp, self._error
@@ -471,7 +489,6 @@ class Endpoint(Owner):
         self._signaled: int = lib.RX_SIGNALED
         self._inline: int = lib.RX_INLINE if self._max_inline else 0
         self._send_base = self.recv_depth * self._recv_bytes
-        self._send_turn = 0
         self._recv_wrs = ffi.new("rx_recv_wr[]", self.recv_depth)
         self._recv_batch = ffi.new("rx_recv_wr[]", self.recv_depth)
         for i in range(self.recv_depth):
@@ -485,7 +502,7 @@ class Endpoint(Owner):
         native.check(rc, self._error)
 
 
-# --- errors of pyverbs, and limits -------------------------------------------------------------------------------------
+# --- errors of pyverbs, and limits ------------------------------------------------------------------------------------
 
 
 def _is_pyverbs(error: Exception) -> bool:
@@ -535,9 +552,11 @@ def _no_memory(nbytes: int) -> VerbsError:
     if limit == resource.RLIM_INFINITY:
         return native.verbs_error("ibv_reg_mr", 12, f"{nbytes} bytes; the limit on locked memory is not the cause")
     return MemlockError(
-        f"{nbytes} bytes can't be registered: this process may lock {limit} bytes of memory (`ulimit -l` says {limit // 1024} KiB).",
+        f"{nbytes} bytes can't be registered: this process may lock {limit} bytes of memory "
+        f"(`ulimit -l`: {limit // 1024}).",
         verb="ibv_reg_mr",
         errno=12,
         fix="raise the limit: a line '* - memlock unlimited' in /etc/security/limits.d/rdma.conf and a new login, "
-        "LimitMEMLOCK=infinity in a systemd unit, --ulimit memlock=-1 for docker and podman; or use fewer or smaller slots.",
+        "LimitMEMLOCK=infinity in a systemd unit, --ulimit memlock=-1 for docker and podman; or use fewer or smaller "
+        "slots.",
     )

@@ -31,7 +31,7 @@ for i in "${!rw[@]}"; do
   if [[ $guest == uml ]]; then mount -t hostfs rw "/run/rw/$i" -o "${rw[$i]}"
   else mount -t 9p -o trans=virtio,version=9p2000.L,msize=262144,cache=mmap "rw$i" "/run/rw/$i"; fi
 done
-cp "$box"/* /run/box 2>/dev/null
+for file in command environment show cpuinfo merged; do [[ ! -e $box/$file ]] || cp "$box/$file" /run/box; done
 for place in /tmp /var/tmp /dev/shm; do mount -t tmpfs -o mode=1777 tmp "$place"; done
 mkdir -p /tmp/home
 while read -r directory; do mkdir -p "$directory" && mount --bind "/run/host$directory" "$directory"; done <"/run/box/show"
@@ -50,7 +50,7 @@ mkfifo /run/out /run/err
 cat /run/out >"$out" & readers=("$!")
 cat /run/err >"$err" & readers+=("$!")
 exec >/run/out 2>/run/err
-[[ ! -e $box/merged ]] || exec 2>&1
+[[ ! -e /run/box/merged ]] || exec 2>&1
 
 # The device.
 hostname softroce
@@ -65,7 +65,7 @@ rdma link add rxe0 type rxe netdev d0 || echo "rxe0 could not be made: the comma
 
 status=0
 (
-  unset words word box guest rw i place directory port readers out err rc tty
+  unset words word box file guest rw i place directory port readers out err rc tty
   . /run/box/environment
   export HOME=/tmp/home TMPDIR=/tmp
   . /run/box/command

@@ -1,7 +1,7 @@
 """Tests here need a verbs device, real or software (scripts/setup_softroce.sh, scripts/softroce_vm.sh).
 
-They run when asked for: `pytest -m rdma`, or RDMAXFER_TEST_DEVICE=1 in the environment. Then a missing device is a failure.
-RDMAXFER_DEVICE names the device to use.
+They run when asked for: `pytest -m rdma`, or RDMAXFER_TEST_DEVICE=1 in the environment. Then a missing device is a
+failure. RDMAXFER_DEVICE names the device to use.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from rdmaxfer.errors import RdmaxferError
 from rdmaxfer.fabric.devices import Route, choose_gid, list_devices
 from rdmaxfer.fabric.poller import Poller
@@ -98,7 +99,12 @@ def make_pair(route: Route) -> Iterator[Callable[..., Pair]]:
     with ExitStack() as stack:
 
         def make(
-            *, send_depth: int = 64, recv_depth: int = 64, recv_bytes: int = 64, remote_write: bool = True, **options: Any
+            *,
+            send_depth: int = 64,
+            recv_depth: int = 64,
+            recv_bytes: int = 64,
+            remote_write: bool = True,
+            **options: Any,
         ) -> Pair:
             domain = stack.enter_context(Domain(route))
             ends = [

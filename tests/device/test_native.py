@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import pytest
+
 from rdmaxfer.errors import ClosedError, NoDevice, VerbsError, VerbsUnavailable
 from rdmaxfer.fabric import bridge, native
 from rdmaxfer.fabric.devices import Route
@@ -33,7 +34,7 @@ def memory(pair: Any, nbytes: int = 64 * KIB) -> tuple[Buffer, Region, Buffer, R
 
 
 def failure_of_a(pair: Any) -> dict[str, int]:
-    """The first completion at `a`. (rxe also gives the peer one, for a receive that it takes for the failed request.)"""
+    """The first completion at `a`. (On rxe a failed request also takes a receive of the peer's.)"""
     found: list[dict[str, int]] = []
     while not found:
         found = [wc for endpoint, wc in pair.collect(1) if endpoint is pair.a]
@@ -52,7 +53,7 @@ def test_a_write_with_immediate_gathers_header_and_payload(pair: Any) -> None:
     source, mr, target, remote = memory(pair)
     args = (source.address + 3, 5, mr.lkey, source.address + 1000, 70, mr.lkey, target.address + 9, remote.rkey)
     pair.a.write(*args, 0xCAFEF00D, 41, True)
-    done = {endpoint: wc for endpoint, wc in pair.collect(2)}
+    done = dict(pair.collect(2))
     assert bytes(target.view(9, 75)) == bytes(source.view(3, 5)) + bytes(source.view(1000, 70))
     assert bytes(target.view(0, 9)) == bytes(9)
     assert bytes(target.view(84, 100)) == bytes(100)
@@ -80,7 +81,8 @@ def test_a_write_above_max_msg_sz_is_split_and_the_last_part_carries_the_immedia
     source, mr, target, remote = memory(pair)
     header, payload = 5000, 20000  # the header ends within the second part
     assert pair.a.wr_count(header + payload) == 7
-    pair.a.write(source.address, header, mr.lkey, source.address + 30000, payload, mr.lkey, target.address, remote.rkey, 5, 1, True)
+    parts = (source.address, header, mr.lkey, source.address + 30000, payload, mr.lkey)
+    pair.a.write(*parts, target.address, remote.rkey, 5, 1, True)
     done = pair.collect(2)
     assert [wc["status"] for _, wc in done] == [0, 0]
     assert sorted(wc["imm"] for _, wc in done) == [0, 5]
@@ -410,7 +412,8 @@ def test_fifty_connections_leave_the_kernel_as_it_was(route: Route) -> None:
         with ExitStack() as stack:
             domain = stack.enter_context(Domain(route))
             ends = [
-                Endpoint(domain.protection_domain(), route, send_depth=8, recv_depth=8, remote_write=True) for _ in range(2)
+                Endpoint(domain.protection_domain(), route, send_depth=8, recv_depth=8, remote_write=True)
+                for _ in range(2)
             ]
             for one, other in (ends, ends[::-1]):
                 to = other.address
@@ -434,11 +437,11 @@ from rdmaxfer.fabric.verbs import Domain, Endpoint
 from rdmaxfer.memory import Buffer
 import ipaddress
 
-route = choose_gid(list_devices(), device=os.environ.get("RDMAXFER_DEVICE") or None, local_ip=ipaddress.ip_address("127.0.0.1"))
+device = os.environ.get("RDMAXFER_DEVICE") or None
+route = choose_gid(list_devices(), device=device, local_ip=ipaddress.ip_address("127.0.0.1"))
 with ExitStack() as stack:
-    domain = stack.enter_context(Domain(route))
-    a, b = (Endpoint(domain.protection_domain(), route, send_depth=8, recv_depth=8, remote_write=True) for _ in range(2))
-    for one, other in ((a, b), (b, a)):
+    domain = stack.enter_context(Domain(route)) a, b = (Endpoint(domain.protection_domain(), route, send_depth=8,
+    recv_depth=8, remote_write=True) for _ in range(2)) for one, other in ((a, b), (b, a)):
         to = other.address
         one.connect(qp_num=to.qp_num, psn=to.psn, gid=to.gid, lid=to.lid, path_mtu=to.active_mtu)
     poller = stack.enter_context(Poller())
@@ -472,7 +475,9 @@ print("parent unharmed")
 
 @pytest.mark.parametrize("way", ["sys.exit", "os._exit"])
 def test_a_forked_child_can_not_harm_its_parent(route: Route, way: str) -> None:
-    done = subprocess.run([sys.executable, "-W", "error", "-c", FORKING, way], capture_output=True, text=True, timeout=50)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", FORKING, way], capture_output=True, text=True, timeout=50
+    )
     assert (done.stdout, done.stderr) == ("parent unharmed\n", "")
 
 
@@ -486,8 +491,9 @@ def test_the_pointer_found_is_the_protection_domain(route: Route) -> None:
 
 
 def test_the_pointer_of_another_devices_context_is_refused(route: Route) -> None:
-    with Domain(route) as domain, Domain(route) as other, domain.protection_domain() as pd:
-        with pytest.raises(VerbsUnavailable, match="refuses rather than guesses: the context found has the command fd"):
+    refusal = "refuses rather than guesses: the context found has the command fd"
+    with Domain(route) as domain, Domain(route) as other, domain.protection_domain() as pd:  # noqa: SIM117
+        with pytest.raises(VerbsUnavailable, match=refusal):
             bridge.pd_pointer(pd._pd, other._context)
 
 

@@ -1,0 +1,202 @@
+#!/usr/bin/env python3
+"""rdmaxfer against linux-rdma's perftest, on one device, in alternating runs.
+
+    scripts/softroce_uml.sh -- .venv/bin/python bench/vs_perftest.py
+
+Bandwidth: frames pushed in place (from registered memory) to a receiver in another process, against `ib_write_bw`. Latency: a
+frame there and another one back, halved, against `ib_write_lat`. Both use the same device, GID, path MTU and depth, and an equal
+working set: perftest gets one queue pair, and so one buffer, for each of our slots. Every round runs both; medians of the rounds and
+their ratio are printed. Start-up, handshake and a warm-up are not timed.
+
+A ratio above 1 means that rdmaxfer is faster. Run it on an otherwise idle machine: absolute figures on a shared one mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+import numpy as np
+
+import rdmaxfer
+from rdmaxfer.fabric.devices import choose_gid, list_devices
+from rdmaxfer.fabric.route import local_ip_towards
+
+SIZES = {64: 4000, 4096: 4000, 65536: 1500, 1 << 20: 300, 8 << 20: 40}
+"""Payload bytes -> frames a round."""
+WARM_UP = 0.1
+"""Share of a round's frames that are pushed before the clock starts."""
+
+
+def cpu_s() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+# --- rdmaxfer ----------------------------------------------------------------------------------------------------------
+
+
+def receive(args: argparse.Namespace) -> None:
+    """The other process: takes frames, and sends each back for latency."""
+    with rdmaxfer.Receiver(slots=args.slots, slot_bytes=args.size, spin_s=args.spin) as receiver, rdmaxfer.Sender(
+        slots=args.slots, spin_s=args.spin
+    ) as back:
+        print(receiver.bind("tcp://127.0.0.1:*"), back.bind("tcp://127.0.0.1:*"), flush=True)
+        echo = np.zeros(args.size, np.uint8)
+        with back.register(echo):
+            for _ in range(args.count + args.warm_up):
+                with receiver.recv(timeout=60):
+                    if args.kind == "lat":
+                        back.push(echo, timeout=60)
+            print(json.dumps({"cpu_s": cpu_s()}), flush=True)
+            sys.stdin.readline()
+
+
+def ours(args: argparse.Namespace, kind: str, size: int, count: int) -> dict[str, float]:
+    warm_up = max(20, int(count * WARM_UP))
+    command = [sys.executable, __file__, "receive", "--kind", kind, "--size", str(size), "--count", str(count)]
+    command += ["--warm-up", str(warm_up), "--slots", str(args.slots), "--spin", str(args.spin)]
+    peer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert peer.stdout is not None
+    try:
+        there, back = peer.stdout.readline().split()
+        with rdmaxfer.Sender(slots=args.slots, spin_s=args.spin) as sender, rdmaxfer.Receiver(
+            slots=args.slots, slot_bytes=size, spin_s=args.spin
+        ) as receiver:
+            sender.connect(there)
+            # One source buffer for each slot: perftest has one for each queue pair.
+            sources = [np.full(size, i, np.uint8) for i in range(args.slots)]
+            registered = [sender.register(source) for source in sources]
+            if kind == "lat":
+                receiver.connect(back)
+
+                def step(i: int) -> None:
+                    sender.push(sources[0], timeout=60)
+                    receiver.recv(timeout=60).release()
+            else:
+
+                def step(i: int) -> None:
+                    sender.push(sources[i % len(sources)], timeout=60)
+
+            for i in range(warm_up):
+                step(i)
+            sender.flush(timeout=60)
+            cpu, began = cpu_s(), time.perf_counter()
+            for i in range(count):
+                step(i)
+            sender.flush(timeout=60)
+            elapsed, cpu = time.perf_counter() - began, cpu_s() - cpu
+            assert sender.statistics().copied == 0, "frames were copied: not what is to be measured"
+            peer_cpu = float(json.loads(peer.stdout.readline())["cpu_s"])
+            for each in registered:
+                each.close()
+        assert peer.stdin is not None
+        peer.stdin.write("\n")
+        peer.stdin.close()
+        peer.wait(timeout=60)
+    finally:
+        peer.kill()
+        peer.wait()
+    result = {"cpu_us": cpu / count * 1e6, "peer_cpu_us": peer_cpu / count * 1e6}
+    result["value"] = elapsed / count / 2 * 1e6 if kind == "lat" else size * count / elapsed / 1e6
+    return result
+
+
+# --- perftest ----------------------------------------------------------------------------------------------------------
+
+
+def perftest(args: argparse.Namespace, kind: str, size: int, count: int) -> dict[str, float]:
+    tool = "ib_write_lat" if kind == "lat" else "ib_write_bw"
+    common = [tool, "-d", args.device, "-x", str(args.gid_index), "-s", str(size), "-F", "-p", str(args.tcp_port)]
+    if kind == "lat":
+        common += ["-n", str(max(count, 5))]
+    else:
+        # -q queue pairs with one work request each, or one with all of them: the same depth.
+        qps = args.slots if args.equal_working_set else 1
+        common += ["-q", str(qps), "-t", str(max(1, args.slots // qps)), "-n", str(max(5, count // qps))]
+    for _ in range(5):  # perftest's clock sampling fails now and then, and its port is not always free yet
+        args.tcp_port += 1
+        common[common.index("-p") + 1] = str(args.tcp_port)
+        server = subprocess.Popen(common, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            for _ in range(100):
+                client = subprocess.run(
+                    [*common, "127.0.0.1"], capture_output=True, text=True, timeout=120, env={**os.environ, "LC_ALL": "C"}
+                )
+                if "Couldn't connect" not in client.stderr + client.stdout:
+                    break
+                time.sleep(0.02)
+        finally:
+            server.kill()
+            server.wait()
+        rows = re.findall(rf"^ *{size} +(.+)$", client.stdout, re.MULTILINE)
+        if rows:
+            fields = rows[-1].split()
+            # bw: iterations, peak, average [MB/s, of 2**20], rate; lat: iterations, min, max, typical, average, ... [us]
+            value = float(fields[4 if kind == "lat" else 2])
+            if 0 < value < float("inf"):
+                return {"value": value if kind == "lat" else value * (1 << 20) / 1e6}
+    raise SystemExit(f"{' '.join(common)} gave no figure:\n{client.stdout}{client.stderr}")
+
+
+# --- both --------------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="alternating rounds for each size (default 5)")
+    parser.add_argument("--slots", type=int, default=16, help="depth: slots, and perftest's work requests (default 16)")
+    parser.add_argument("--spin", type=float, default=0.0, help="spin_s of sender and receiver (default 0)")
+    parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="payload bytes")
+    parser.add_argument("--kinds", nargs="+", choices=["bw", "lat"], default=["bw", "lat"])
+    parser.add_argument(
+        "--one-buffer",
+        dest="equal_working_set",
+        action="store_false",
+        help="let perftest rewrite a single buffer, which stays in the cache, instead of an equal working set",
+    )
+    parser.add_argument("--scale", type=float, default=1.0, help="times the usual number of frames a round")
+    parser.add_argument("--json", action="store_true", help="print the rounds as JSON, too")
+    args = parser.parse_args()
+    route = choose_gid(list_devices(), device=os.environ.get("RDMAXFER_DEVICE") or None, local_ip=local_ip_towards("127.0.0.1"))
+    args.device, args.gid_index, args.tcp_port = route.device, route.gid_index, 18515
+    print(f"device {route.device}, GID {route.gid_index}, MTU {route.active_mtu}, {os.cpu_count()} CPUs, depth {args.slots}, "
+          f"{args.rounds} rounds, {'equal working set' if args.equal_working_set else 'perftest with one buffer'}")
+    print(f"{'':>12} {'bytes':>9} {'rdmaxfer':>10} {'perftest':>10} {'ratio':>6} {'CPU us/frame: sender':>21} {'receiver':>9}")
+    for kind in args.kinds:
+        for size in args.sizes:
+            count = max(20, int(SIZES.get(size, 200) * args.scale))
+            if kind == "lat":
+                count = max(20, min(count, 1000))
+            rounds: list[tuple[dict[str, Any], dict[str, Any]]] = []
+            for number in range(args.rounds):
+                order = [ours, perftest] if number % 2 == 0 else [perftest, ours]
+                pair = {run: run(args, kind, size, count) for run in order}
+                rounds.append((pair[ours], pair[perftest]))
+            mine, theirs = (statistics.median(each[i]["value"] for each in rounds) for i in (0, 1))
+            ratio = theirs / mine if kind == "lat" else mine / theirs
+            sender_us, receiver_us = (statistics.median(each[0][key] for each in rounds) for key in ("cpu_us", "peer_cpu_us"))
+            print(f"{'us one way' if kind == 'lat' else 'MB/s':>12} {size:>9} {mine:>10.1f} {theirs:>10.1f} {ratio:>6.2f} "
+                  f"{sender_us:>21.1f} {receiver_us:>9.1f}", flush=True)
+            if args.json:
+                print(json.dumps(rounds), flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["receive"]:
+        child = argparse.ArgumentParser()
+        child.add_argument("--kind")
+        for name in ("--size", "--count", "--warm-up", "--slots"):
+            child.add_argument(name, type=int)
+        child.add_argument("--spin", type=float)
+        receive(child.parse_args(sys.argv[2:]))
+    else:
+        main()

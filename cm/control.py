@@ -1,0 +1,475 @@
+"""The control thread of a Sender or Receiver: it alone touches the zmq sockets, and calls all handlers.
+
+Other threads hand it calls (`Control.call`) and wait for the results in slices of a tenth of a second, so that Ctrl-C
+gets through. If the thread dies, every wait, present and future, raises the reason.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import Any, Final, TypeVar
+
+import zmq
+
+from rdmaxfer.cm.client import ClientChannel
+from rdmaxfer.cm.messages import Accept, Hello, Refuse, Resized, RingAddress
+from rdmaxfer.cm.protocol import ClientHandler, ServerHandler, ServerStatistics
+from rdmaxfer.cm.server import ServerChannel
+from rdmaxfer.errors import ClosedError, ForkedError, LocalProtocolError, RdmaxferError, TimeoutExpired
+
+T = TypeVar("T")
+
+SLICE_S: Final = 0.1
+CALL_TIMEOUT_S: Final = 30.0
+"""For calls that only wait for the control thread to be free: handlers register memory, which can take seconds."""
+DEFAULT_LEASE_S: Final = 10.0
+DEFAULT_MAX_SESSIONS: Final = 256
+DEFAULT_HANDSHAKE_TIMEOUT_S: Final = 10.0
+
+
+def _now() -> float:
+    return time.monotonic()
+
+
+class Later:
+    """A call that waits for its time; `cancel` it from the control thread, or from any other."""
+
+    def __init__(self, fn: Callable[[], object]) -> None:
+        self.fn: Callable[[], object] | None = fn
+
+    def cancel(self) -> None:
+        self.fn = None
+
+
+class BoundServer:
+    """A bound endpoint. `endpoint` is the actual one, with the port that was chosen."""
+
+    def __init__(self, control: Control, channel: ServerChannel) -> None:
+        self._control = control
+        self._channel = channel
+        self.endpoint = channel.endpoint
+
+    def __repr__(self) -> str:
+        return f"<BoundServer {self.endpoint}>"
+
+    def statistics(self) -> ServerStatistics:
+        """Raises ClosedError once the control thread has ended."""
+        return self._control.run(self._channel.sessions.statistics)
+
+
+class Connection:
+    """A connection to a bound endpoint, from the moment it was asked for."""
+
+    def __init__(self, control: Control, endpoint: str, hello: Hello) -> None:
+        self._control = control
+        self._channel: ClientChannel | None = None
+        self.endpoint = endpoint
+        self.session = hello.session
+        self._started = False
+        self._ended = False
+        self._error: RdmaxferError | None = None
+        self._changed = threading.Condition()
+
+    def __repr__(self) -> str:
+        state = "ended" if self._ended else "started" if self._started else "starting"
+        return f"<Connection {state} to {self.endpoint}>"
+
+    @property
+    def ended(self) -> bool:
+        return self._ended
+
+    def wait_started(self, timeout_s: float | None = None) -> None:
+        """Wait until frames may flow. Raises what ended the connection (Refused, ConnectTimeout, ...), ClosedError if
+        this side ended it, or TimeoutExpired."""
+        self._wait(lambda: self._started or self._ended, timeout_s, "the connection was not started")
+        if self._ended:
+            raise self._error or ClosedError(f"the connection to {self.endpoint} was closed.")
+
+    def request_resize(self, wanted_bytes: int, ring: RingAddress | None) -> Future[None]:
+        """Ask for larger slots, see `ClientSession.request_resize`; from any thread. The answer goes to the handler's
+        `resized`; the future only tells whether the request was valid."""
+        return self._control.call(lambda: self._session_call("resize", wanted_bytes, ring))
+
+    def bye(self, reason: str, timeout_s: float = 1.0) -> None:
+        """Leave, and wait until the peer knows, but no longer than `timeout_s`; from the control thread: don't wait."""
+        deadline_s = _now() + timeout_s
+        self._control.run(lambda: self._session_call("bye", reason, deadline_s), timeout_s + CALL_TIMEOUT_S)
+        if not self._control.is_control_thread:
+            self._wait(lambda: self._ended, timeout_s + CALL_TIMEOUT_S, "the connection did not end")
+
+    def _session_call(self, what: str, *args: Any) -> None:
+        channel = self._channel
+        if channel is None:
+            raise LocalProtocolError("the connection is not set up yet")
+        if what == "bye":
+            channel.session.bye(args[0], _now(), args[1])
+        else:
+            channel.session.request_resize(args[0], args[1], _now())
+
+    def _wait(self, ready: Callable[[], bool], timeout_s: float | None, what: str) -> None:
+        self._control.check_not_control_thread()
+        end_s = None if timeout_s is None else _now() + timeout_s
+        with self._changed:
+            while not ready():
+                self._control.check_alive()
+                left_s = SLICE_S if end_s is None else min(SLICE_S, end_s - _now())
+                if left_s <= 0:
+                    raise TimeoutExpired(f"{what} within {timeout_s:g} s: {self.endpoint}.")
+                self._changed.wait(left_s)
+
+    def _mark(self, *, ended: bool, error: RdmaxferError | None = None) -> None:
+        with self._changed:
+            if ended:
+                self._ended = True
+                self._error = error
+            else:
+                self._started = True
+            self._changed.notify_all()
+
+
+class _Watching:
+    """Tells the Connection what its handler is told."""
+
+    def __init__(self, handler: ClientHandler, connection: Connection) -> None:
+        self._handler = handler
+        self._connection = connection
+
+    def accepted(self, accept: Accept) -> RingAddress | None:
+        return self._handler.accepted(accept)
+
+    def started(self) -> None:
+        self._handler.started()
+        self._connection._mark(ended=False)
+
+    def resized(self, resized: Resized | Refuse) -> None:
+        self._handler.resized(resized)
+
+    def ended(self, error: RdmaxferError | None) -> None:
+        # The handler first, so that who waits finds everything settled; but wake them in any case.
+        try:
+            self._handler.ended(error)
+        finally:
+            self._connection._mark(ended=True, error=error)
+
+
+class Control:
+    """See the module. `name` is for error messages. `on_failure` gets what the control thread died of, on that thread."""
+
+    def __init__(self, name: str, on_failure: Callable[[BaseException], None]) -> None:
+        self._name = name
+        self._on_failure = on_failure
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._open = True
+        """Whether calls are taken. Changes, like the use of `_wake_fd`, with the lock held."""
+        self._failure: BaseException | None = None
+        self._closing = False
+        self._close_by_s: float | None = None
+        self._later: list[tuple[float, int, Later]] = []
+        self._order = itertools.count()
+        self._servers: list[ServerChannel] = []
+        self._clients: list[ClientChannel] = []
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._poller = zmq.Poller()
+        self._poller.register(self._wake_fd, zmq.POLLIN)
+        self._thread = threading.Thread(target=self._main, name="rdmaxfer-control", daemon=True)
+        self._thread.start()
+
+    def __repr__(self) -> str:
+        return f"<Control of {self._name}: {len(self._servers)} bound, {len(self._clients)} connecting or connected>"
+
+    # --- for any thread ---------------------------------------------------------------------------------------------
+
+    @property
+    def is_control_thread(self) -> bool:
+        return threading.current_thread() is self._thread
+
+    def bind(
+        self,
+        endpoint: str,
+        handler: ServerHandler,
+        *,
+        lease_s: float = DEFAULT_LEASE_S,
+        handshake_timeout_s: float = DEFAULT_HANDSHAKE_TIMEOUT_S,
+        max_sessions: int = DEFAULT_MAX_SESSIONS,
+    ) -> BoundServer:
+        """Answer who connects to `endpoint`. Raises EndpointError."""
+
+        def bind() -> BoundServer:
+            channel = ServerChannel(
+                self._context,
+                endpoint,
+                handler,
+                lease_s=lease_s,
+                handshake_timeout_s=handshake_timeout_s,
+                max_sessions=max_sessions,
+            )
+            self._servers.append(channel)
+            self._poller.register(channel.socket, zmq.POLLIN)
+            return BoundServer(self, channel)
+
+        return self.run(bind)
+
+    def connect(
+        self,
+        endpoint: str,
+        hello: Hello,
+        handler: ClientHandler,
+        *,
+        timeout_s: float | None = DEFAULT_HANDSHAKE_TIMEOUT_S,
+    ) -> Connection:
+        """Ask for a connection and return at once. `hello.session` is its id, `hello.lease_s` the lease asked
+        for. The handshake may take `timeout_s`; None is for ever. Raises EndpointError, and LocalProtocolError for an invalid HELLO."""
+        connection = Connection(self, endpoint, hello)
+
+        def connect() -> Connection:
+            channel = ClientChannel(
+                self._context,
+                endpoint,
+                _Watching(handler, connection),
+                hello,
+                handshake_timeout_s=math.inf if timeout_s is None else timeout_s,
+            )
+            try:
+                channel.session.start(_now())
+            except BaseException:
+                channel.close_socket()
+                raise
+            connection._channel = channel
+            self._clients.append(channel)
+            self._poller.register(channel.socket, zmq.POLLIN)
+            return connection
+
+        return self.run(connect)
+
+    def end(self, session_id: bytes, reason: str) -> Future[bool]:
+        """End a session of a bound endpoint; `gone` is called. The future tells whether there was one."""
+        return self.call(lambda: any([channel.sessions.end(session_id, reason) for channel in self._servers]))
+
+    def call(self, fn: Callable[[], T]) -> Future[T]:
+        """Run `fn` on the control thread; its result or exception is in the future. Raises ClosedError, ForkedError, or
+        the reason why the control thread died."""
+        future: Future[T] = Future()
+        self._check_pid()
+        with self._lock:
+            if not self._open:
+                raise self._gone_error()
+            self._calls.append((fn, future))
+            os.eventfd_write(self._wake_fd, 1)
+        return future
+
+    def call_later(self, delay_s: float, fn: Callable[[], object]) -> Later:
+        """Run `fn` on the control thread in `delay_s` seconds, unless it is closed or dies before. What `fn` raises is a
+        failure of the control thread."""
+        later = Later(fn)
+        due_s = _now() + delay_s
+
+        def add() -> None:
+            heapq.heappush(self._later, (due_s, next(self._order), later))
+
+        if self.is_control_thread:
+            add()
+        else:
+            self.call(add)
+        return later
+
+    def run(self, fn: Callable[[], T], timeout_s: float = CALL_TIMEOUT_S) -> T:
+        """Run `fn` on the control thread and return what it returns. On the control thread itself: at once. Raises what
+        `fn` raises, what `call` raises, or TimeoutExpired; then `fn` is not run any more, if it had not begun."""
+        if self.is_control_thread:
+            self._check_pid()
+            if not self._open:
+                raise self._gone_error()
+            return fn()
+        future = self.call(fn)
+        end_s = _now() + timeout_s
+        try:
+            while True:
+                left_s = min(SLICE_S, end_s - _now())
+                if left_s <= 0:
+                    text = f"the control thread of {self._name} was busy for more than {timeout_s:g} s."
+                    raise TimeoutExpired(text, fix="registering very large rings takes long: make them smaller.")
+                try:
+                    return future.result(left_s)
+                except (TimeoutError, FutureTimeoutError):  # two classes before Python 3.11
+                    if future.done():
+                        raise  # it was `fn` that raised it
+        finally:
+            future.cancel()
+
+    def check_not_control_thread(self) -> None:
+        """Raises LocalProtocolError on the control thread, which can't wait for itself."""
+        if self.is_control_thread:
+            raise LocalProtocolError("the control thread was to wait for itself")
+
+    def check_alive(self) -> None:
+        """Raises ClosedError, ForkedError, or the reason why the control thread died."""
+        self._check_pid()
+        if not self._open:
+            raise self._gone_error()
+
+    def close(self, timeout_s: float = 1.0) -> None:
+        """Say BYE wherever connected, for `timeout_s` at most, end all sessions and the control thread. May be called
+        again. In a forked child it only lets go. Raises LocalProtocolError on the control thread, and TimeoutExpired if
+        a handler does not return."""
+        if os.getpid() != self._pid:
+            return
+        self.check_not_control_thread()
+        with self._lock:
+            if self._open:
+                self._closing = True
+                self._close_by_s = min(self._close_by_s or float("inf"), _now() + timeout_s)
+                os.eventfd_write(self._wake_fd, 1)
+        end_s = _now() + timeout_s + CALL_TIMEOUT_S
+        while self._thread.is_alive():
+            self._thread.join(SLICE_S)
+            if _now() >= end_s:
+                raise TimeoutExpired(f"the control thread of {self._name} did not end.")
+
+    def _check_pid(self) -> None:
+        if os.getpid() != self._pid:
+            raise ForkedError(
+                f"{self._name} was made by process {self._pid}, and can't be used in its child.",
+                fix="make it in the child, or start processes by the method 'spawn'.",
+            )
+
+    def _gone_error(self) -> RdmaxferError:
+        failure = self._failure
+        if failure is None:
+            return ClosedError(f"{self._name} is closed.")
+        error = LocalProtocolError(f"the control thread of {self._name} died: {failure!r}")
+        error.__cause__ = failure
+        return error
+
+    # --- the control thread -----------------------------------------------------------------------------------------
+
+    def _main(self) -> None:
+        failure: BaseException | None = None
+        try:
+            self._loop()
+        except BaseException as error:  # given to on_failure, whatever it is
+            failure = error
+        try:
+            self._stop(failure)
+        except BaseException as error:
+            failure = failure or error
+            self._failure = failure
+        if failure is not None:
+            self._on_failure(failure)
+
+    def _loop(self) -> None:
+        leaving = False
+        while True:
+            events = dict(self._poller.poll(self._poll_ms()))
+            if self._wake_fd in events:
+                os.eventfd_read(self._wake_fd)
+            # What has arrived comes before what has run out: a thread that was held up must not find its peers dead.
+            now_s = _now()
+            for server in self._servers:
+                if server.socket in events:
+                    server.on_readable(now_s)
+            for client in self._clients:
+                if client.socket in events:
+                    client.on_readable(now_s)
+            self._run_calls()
+            if self._closing and not leaving:
+                leaving = True
+                self._leave()
+            self._run_later()
+            now_s = _now()
+            for server in self._servers:
+                server.sessions.on_tick(now_s)
+            for client in self._clients:
+                client.session.on_tick(now_s)
+            self._flush()
+            if leaving and (not self._clients or _now() >= (self._close_by_s or 0.0)):
+                return
+
+    def _poll_ms(self) -> int:
+        deadlines = [channel.sessions.next_deadline() for channel in self._servers]
+        deadlines += [channel.session.next_deadline() for channel in self._clients]
+        if self._later:
+            deadlines.append(self._later[0][0])
+        if self._closing:
+            deadlines.append(self._close_by_s)
+        due = min((deadline for deadline in deadlines if deadline is not None), default=None)
+        if due is None:
+            return -1
+        # Rounded up: a poll that ends a little too early would be followed by many of no length.
+        return int(max(0.0, min(3600.0, due - _now())) * 1000) + 1 if due > _now() else 0
+
+    def _run_calls(self) -> None:
+        # Only what is there now: calls that beget calls must not keep the loop from its sockets.
+        for _ in range(len(self._calls)):
+            fn, future = self._calls.popleft()
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                result = fn()
+            except Exception as error:
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+
+    def _run_later(self) -> None:
+        while self._later and self._later[0][0] <= _now():
+            fn = heapq.heappop(self._later)[2].fn
+            if fn is not None:
+                fn()
+
+    def _flush(self) -> None:
+        for client in list(self._clients):
+            before = client.socket
+            if client.flush():
+                self._poller.unregister(before)
+                self._poller.register(client.socket, zmq.POLLIN)
+            if client.ended:
+                self._poller.unregister(client.socket)
+                client.close_socket()
+                self._clients.remove(client)
+
+    def _leave(self) -> None:
+        for server in self._servers:
+            server.close("the peer has closed its endpoint.")
+        deadline_s = self._close_by_s or _now()
+        for client in self._clients:
+            client.session.bye("closed", _now(), deadline_s)
+
+    def _stop(self, failure: BaseException | None) -> None:
+        """Free everything; every handler hears of the end, every call that waits gets an answer."""
+        with self._lock:
+            self._failure = failure
+            self._open = False
+            calls, self._calls = self._calls, deque()
+            os.close(self._wake_fd)
+        errors: list[BaseException] = []
+        for server in self._servers:
+            try:
+                server.close("the peer has closed its endpoint.")
+            except Exception as error:
+                errors.append(error)
+        for client in self._clients:
+            try:
+                client.session.abort(self._gone_error() if failure is not None else None)
+            except Exception as error:
+                errors.append(error)
+        self._servers.clear()
+        self._clients.clear()
+        self._later.clear()
+        for _, future in calls:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(self._gone_error())
+        self._context.destroy(linger=0)
+        if errors:
+            raise errors[0]

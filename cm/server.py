@@ -1,0 +1,86 @@
+"""The REP side: one bound socket and the sessions of all who connect to it. Used from the control thread only."""
+
+from __future__ import annotations
+
+import errno
+from typing import Any
+
+import zmq
+
+from rdmaxfer.cm import endpoint as endpoints
+from rdmaxfer.cm.messages import MAX_MESSAGE_BYTES
+from rdmaxfer.cm.protocol import ServerHandler, ServerSessions
+from rdmaxfer.errors import EndpointError
+
+REQUESTS_A_TURN = 64
+"""So that a flood of requests does not keep the control thread from everything else."""
+
+_FIXES = {
+    errno.EADDRINUSE: "another socket is bound there: close it, choose another port, or bind to port * for a free one.",
+    errno.EADDRNOTAVAIL: "this host has no such address: see `ip addr`, or bind to tcp://*:PORT for all of them.",
+    errno.ENODEV: "HOST is neither an address of this host nor the name of one of its network devices: see `ip addr`.",
+    errno.EACCES: "ports below 1024 are for root: choose a higher one.",
+    errno.EINVAL: endpoints.FORM,
+}
+
+
+class ServerChannel:
+    """A bound REP socket. Raises EndpointError if it can't be bound."""
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        endpoint: str,
+        handler: ServerHandler,
+        *,
+        lease_s: float,
+        handshake_timeout_s: float,
+        max_sessions: int,
+    ) -> None:
+        wanted = endpoints.parse(endpoint, bind=True)
+        self.socket = context.socket(zmq.REP)
+        try:
+            self.socket.setsockopt(zmq.IPV6, 1)
+            self.socket.setsockopt(zmq.LINGER, 0)
+            self.socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+            self.socket.bind(str(wanted))
+            self.endpoint = str(endpoints.from_zmq(self.socket.getsockopt_string(zmq.LAST_ENDPOINT)))
+        except zmq.ZMQError as error:
+            self.socket.close(linger=0)
+            code = error.errno or 0
+            text = f"{endpoint!r} can't be bound: {zmq.strerror(code)}."
+            raise EndpointError(text, fix=_FIXES.get(code, "")) from None
+        self.sessions = ServerSessions(
+            handler, lease_s=lease_s, handshake_timeout_s=handshake_timeout_s, max_sessions=max_sessions
+        )
+
+    def on_readable(self, now_s: float) -> None:
+        """Answer what has arrived."""
+        for _ in range(REQUESTS_A_TURN):
+            # Never a blocking receive, even after poll said "readable": a REP socket whose requesters have dropped their
+            # connections can be readable and have nothing to read.
+            try:
+                parts: list[Any] = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            # A request of several parts is none of ours: what is not a message is refused as such.
+            data = parts[0].bytes if len(parts) == 1 else b""
+            reply = self.sessions.on_request(data, _peer(parts[0]), now_s)
+            try:
+                self.socket.send(reply, zmq.NOBLOCK)
+            except zmq.Again:
+                continue  # the requester is gone; REP then drops the reply by itself, this is only to be safe
+
+    def close(self, reason: str) -> None:
+        """End all sessions. The socket goes on to refuse until `close_socket`."""
+        self.sessions.close(reason)
+
+    def close_socket(self) -> None:
+        self.socket.close(linger=0)
+
+
+def _peer(part: Any) -> str:
+    try:
+        return endpoints.plain_address(str(part.get("Peer-Address")))
+    except (zmq.ZMQError, UnicodeError):
+        return ""

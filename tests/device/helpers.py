@@ -1,0 +1,84 @@
+"""What the device tests share: pairs of sender and receiver, frames of every kind, other processes."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import rdmaxfer
+
+TIMEOUT_S = 60.0
+"""Deadline of every wait in the tests: an emulated machine is 50 times slower."""
+
+
+@contextlib.contextmanager
+def pair(
+    *,
+    bind: str = "receiver",
+    host: str = "127.0.0.1",
+    sender: dict[str, Any] | None = None,
+    receiver: dict[str, Any] | None = None,
+) -> Iterator[tuple[rdmaxfer.Sender, rdmaxfer.Receiver]]:
+    """A connected sender and receiver; `bind` says which of the two is the bound one."""
+    with rdmaxfer.Receiver(**(receiver or {})) as rx, rdmaxfer.Sender(**(sender or {})) as tx:
+        bound, connecting = (rx, tx) if bind == "receiver" else (tx, rx)
+        connecting.connect(bound.bind(f"tcp://{host}:*"), timeout=TIMEOUT_S)
+        rx.wait_for_peers(1, timeout=TIMEOUT_S)
+        tx.wait_for_peers(1, timeout=TIMEOUT_S)
+        yield tx, rx
+
+
+class Background(threading.Thread):
+    """Runs a function beside the test; `result()` waits for it and raises what it raised."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        super().__init__(daemon=True)
+        self._function = function
+        self._value: Any = None
+        self._error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._value = self._function()
+        except BaseException as error:
+            self._error = error
+
+    def result(self, timeout: float = TIMEOUT_S) -> Any:
+        self.join(timeout)
+        assert not self.is_alive(), "still running"
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+
+def wait_until(condition: Callable[[], bool], what: str, timeout: float = TIMEOUT_S) -> None:
+    deadline = time.monotonic() + timeout
+    tick = threading.Event()
+    while not condition():
+        assert time.monotonic() < deadline, f"never: {what}"
+        tick.wait(0.005)
+
+
+def picture(seed: int, shape: tuple[int, ...] = (48, 64, 3)) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+
+def spawn(code: str, *arguments: str) -> subprocess.Popen[str]:
+    """Another Python process that runs `code`."""
+    return subprocess.Popen(
+        [sys.executable, "-W", "error::ResourceWarning", "-c", code, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parent,
+    )

@@ -1,0 +1,80 @@
+"""Buffers: aligned, zeroed, bounded, and alive as long as anybody looks at them."""
+
+from __future__ import annotations
+
+import gc
+import mmap
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rdmaxfer.memory import Buffer
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 4095, 4096, 4097, 1 << 20])
+def test_a_buffer_is_zeroed_and_page_aligned(nbytes: int) -> None:
+    buffer = Buffer(nbytes)
+    assert buffer.nbytes == nbytes
+    assert buffer.address % mmap.PAGESIZE == 0
+    assert bytes(buffer.view(0, nbytes)) == bytes(nbytes)
+
+
+def test_a_negative_size_is_refused() -> None:
+    with pytest.raises(ValueError, match="-1"):
+        Buffer(-1)
+
+
+def test_views_and_arrays_share_the_memory() -> None:
+    buffer = Buffer(4096)
+    array = buffer.array(8, (2, 3), "<u2", writable=True)
+    array[:] = [[1, 2, 3], [4, 5, 6]]
+    assert bytes(buffer.view(8, 4)) == b"\1\0\2\0"
+    assert array.__array_interface__["data"][0] == buffer.address + 8
+    assert array.flags.c_contiguous
+
+
+def test_an_array_is_read_only_unless_asked_otherwise() -> None:
+    array = Buffer(64).array(0, (8,), np.float64)
+    with pytest.raises(ValueError, match="read-only"):
+        array[0] = 1
+    with pytest.raises(ValueError, match="WRITEABLE"):
+        array.flags.writeable = True
+
+
+def test_the_memory_outlives_the_buffer_while_an_array_is_left() -> None:
+    array = Buffer(1 << 20).array(0, (1 << 20,), np.uint8, writable=True)
+    gc.collect()
+    array[:] = 7
+    others = [Buffer(1 << 20) for _ in range(4)]
+    assert int(array.sum()) == 7 << 20
+    assert all(not any(other.view(0, 64)) for other in others)
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0, 2), ()])
+def test_empty_arrays_and_scalars_fit_anywhere(shape: tuple[int, ...]) -> None:
+    assert Buffer(8).array(0, shape, np.float64).shape == shape
+    assert Buffer(0).array(0, (0,), np.float64).size == 0
+
+
+@given(offset=st.integers(-5, 40), nbytes=st.integers(-5, 40))
+def test_only_what_lies_within_can_be_seen(offset: int, nbytes: int) -> None:
+    buffer = Buffer(32)
+    if offset >= 0 and nbytes >= 0 and offset + nbytes <= 32:
+        assert len(buffer.view(offset, nbytes)) == nbytes
+        assert buffer.array(offset, (nbytes,), np.uint8).size == nbytes
+    else:
+        with pytest.raises(ValueError, match="not within"):
+            buffer.view(offset, nbytes)
+        with pytest.raises(ValueError, match=r"not within|negative"):
+            buffer.array(offset, (nbytes,), np.uint8)
+
+
+def test_sizes_that_overflow_are_refused() -> None:
+    with pytest.raises(ValueError, match="not within"):
+        Buffer(32).array(0, (1 << 62, 4), np.uint8)
+
+
+def test_it_says_what_it_is() -> None:
+    assert repr(Buffer(5)).startswith("<Buffer 5 bytes at 0x")
