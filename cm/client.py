@@ -11,7 +11,7 @@ from rdmaxfer.cm.messages import MAX_MESSAGE_BYTES, Hello
 from rdmaxfer.cm.protocol import ClientHandler, ClientSession, ClientState
 from rdmaxfer.errors import EndpointError
 
-RETRY_S = 1.0
+RETRY_S = 0.5
 RECONNECT_MS = 20
 RECONNECT_MAX_MS = 500
 CONNECT_TIMEOUT_MS = 2000
@@ -69,8 +69,8 @@ class ClientChannel:
         data = self.session.outgoing()
         if data is None:
             return False
-        # A request while another is unanswered goes by a new socket. With REQ_RELAXED the old one would take it too, but
-        # it drops its connection then and can lose the request; and a new one looks the name up again.
+        # A request while another is unanswered goes by a new socket. With REQ_RELAXED the old one would take it too,
+        # but it drops its connection then and can lose the request; and a new one looks the name up again.
         renewed = self._waiting
         if renewed:
             self.socket.close(linger=0)

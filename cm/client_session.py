@@ -71,9 +71,9 @@ class ClientHandler(Protocol):
 class ClientSession:
     """See the module. Times are seconds of any monotonic clock.
 
-    `hello.session` is the id of the session: 16 bytes from `secrets`; `hello.lease_s` the longest lease wanted. `retry_s` is
-    the time after which a request is repeated, `handshake_timeout_s` what all of the handshake may take. `endpoint` is
-    for the errors.
+    `hello.session` is the id of the session: 16 bytes from `secrets`; `hello.lease_s` is the longest lease wanted.
+    `retry_s` is the time after which a request is repeated, `handshake_timeout_s` what all of the handshake may take.
+    `endpoint` is for the errors.
     """
 
     def __init__(
@@ -195,7 +195,7 @@ class ClientSession:
 
     def request_resize(self, wanted_bytes: int, ring: RingAddress | None, now_s: float) -> None:
         """Ask for slots of `wanted_bytes` (a sender), or offer `ring`, which has them (a receiver). The answer goes to
-        `resized`; there is none if the session ends before. Raises LocalProtocolError before the session has started."""
+        `resized`; there is none if the session ends before. Raises LocalProtocolError before the session started."""
         if self.state in (ClientState.CLOSING, ClientState.ENDED):
             return
         if self.state is not ClientState.CONNECTED:
@@ -236,7 +236,7 @@ class ClientSession:
             self._accepted(reply, now_s)
         elif isinstance(reply, Resized):
             if (reply.ring is None) != (self._hello.role == "receiver"):
-                raise RemoteProtocolError(f"{self._endpoint} sent a ring out of place, or none where one is due")
+                raise RemoteProtocolError(f"{self._endpoint} sent a ring out of place, or none where it must")
             self._move(ClientEvent.ANSWERED)
             self._handler.resized(reply)
         elif isinstance(reply, Started | Renewed):

@@ -11,7 +11,6 @@ import itertools
 import math
 import os
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -21,23 +20,19 @@ from typing import Any, Final, TypeVar
 import zmq
 
 from rdmaxfer.cm.client import ClientChannel
-from rdmaxfer.cm.messages import Accept, Hello, Refuse, Resized, RingAddress
-from rdmaxfer.cm.protocol import ClientHandler, ServerHandler, ServerStatistics
+from rdmaxfer.cm.connection import CALL_TIMEOUT_S, SLICE_S, BoundServer, Connection, Watching, monotonic_s
+from rdmaxfer.cm.messages import Hello
+from rdmaxfer.cm.protocol import ClientHandler, ServerHandler
 from rdmaxfer.cm.server import ServerChannel
 from rdmaxfer.errors import ClosedError, ForkedError, LocalProtocolError, RdmaxferError, TimeoutExpired
 
+__all__ = ["BoundServer", "Connection", "Control", "Later"]
+
 T = TypeVar("T")
 
-SLICE_S: Final = 0.1
-CALL_TIMEOUT_S: Final = 30.0
-"""For calls that only wait for the control thread to be free: handlers register memory, which can take seconds."""
 DEFAULT_LEASE_S: Final = 10.0
 DEFAULT_MAX_SESSIONS: Final = 256
 DEFAULT_HANDSHAKE_TIMEOUT_S: Final = 10.0
-
-
-def _now() -> float:
-    return time.monotonic()
 
 
 class Later:
@@ -50,119 +45,8 @@ class Later:
         self.fn = None
 
 
-class BoundServer:
-    """A bound endpoint. `endpoint` is the actual one, with the port that was chosen."""
-
-    def __init__(self, control: Control, channel: ServerChannel) -> None:
-        self._control = control
-        self._channel = channel
-        self.endpoint = channel.endpoint
-
-    def __repr__(self) -> str:
-        return f"<BoundServer {self.endpoint}>"
-
-    def statistics(self) -> ServerStatistics:
-        """Raises ClosedError once the control thread has ended."""
-        return self._control.run(self._channel.sessions.statistics)
-
-
-class Connection:
-    """A connection to a bound endpoint, from the moment it was asked for."""
-
-    def __init__(self, control: Control, endpoint: str, hello: Hello) -> None:
-        self._control = control
-        self._channel: ClientChannel | None = None
-        self.endpoint = endpoint
-        self.session = hello.session
-        self._started = False
-        self._ended = False
-        self._error: RdmaxferError | None = None
-        self._changed = threading.Condition()
-
-    def __repr__(self) -> str:
-        state = "ended" if self._ended else "started" if self._started else "starting"
-        return f"<Connection {state} to {self.endpoint}>"
-
-    @property
-    def ended(self) -> bool:
-        return self._ended
-
-    def wait_started(self, timeout_s: float | None = None) -> None:
-        """Wait until frames may flow. Raises what ended the connection (Refused, ConnectTimeout, ...), ClosedError if
-        this side ended it, or TimeoutExpired."""
-        self._wait(lambda: self._started or self._ended, timeout_s, "the connection was not started")
-        if self._ended:
-            raise self._error or ClosedError(f"the connection to {self.endpoint} was closed.")
-
-    def request_resize(self, wanted_bytes: int, ring: RingAddress | None) -> Future[None]:
-        """Ask for larger slots, see `ClientSession.request_resize`; from any thread. The answer goes to the handler's
-        `resized`; the future only tells whether the request was valid."""
-        return self._control.call(lambda: self._session_call("resize", wanted_bytes, ring))
-
-    def bye(self, reason: str, timeout_s: float = 1.0) -> None:
-        """Leave, and wait until the peer knows, but no longer than `timeout_s`; from the control thread: don't wait."""
-        deadline_s = _now() + timeout_s
-        self._control.run(lambda: self._session_call("bye", reason, deadline_s), timeout_s + CALL_TIMEOUT_S)
-        if not self._control.is_control_thread:
-            self._wait(lambda: self._ended, timeout_s + CALL_TIMEOUT_S, "the connection did not end")
-
-    def _session_call(self, what: str, *args: Any) -> None:
-        channel = self._channel
-        if channel is None:
-            raise LocalProtocolError("the connection is not set up yet")
-        if what == "bye":
-            channel.session.bye(args[0], _now(), args[1])
-        else:
-            channel.session.request_resize(args[0], args[1], _now())
-
-    def _wait(self, ready: Callable[[], bool], timeout_s: float | None, what: str) -> None:
-        self._control.check_not_control_thread()
-        end_s = None if timeout_s is None else _now() + timeout_s
-        with self._changed:
-            while not ready():
-                self._control.check_alive()
-                left_s = SLICE_S if end_s is None else min(SLICE_S, end_s - _now())
-                if left_s <= 0:
-                    raise TimeoutExpired(f"{what} within {timeout_s:g} s: {self.endpoint}.")
-                self._changed.wait(left_s)
-
-    def _mark(self, *, ended: bool, error: RdmaxferError | None = None) -> None:
-        with self._changed:
-            if ended:
-                self._ended = True
-                self._error = error
-            else:
-                self._started = True
-            self._changed.notify_all()
-
-
-class _Watching:
-    """Tells the Connection what its handler is told."""
-
-    def __init__(self, handler: ClientHandler, connection: Connection) -> None:
-        self._handler = handler
-        self._connection = connection
-
-    def accepted(self, accept: Accept) -> RingAddress | None:
-        return self._handler.accepted(accept)
-
-    def started(self) -> None:
-        self._handler.started()
-        self._connection._mark(ended=False)
-
-    def resized(self, resized: Resized | Refuse) -> None:
-        self._handler.resized(resized)
-
-    def ended(self, error: RdmaxferError | None) -> None:
-        # The handler first, so that who waits finds everything settled; but wake them in any case.
-        try:
-            self._handler.ended(error)
-        finally:
-            self._connection._mark(ended=True, error=error)
-
-
 class Control:
-    """See the module. `name` is for error messages. `on_failure` gets what the control thread died of, on that thread."""
+    """See the module. `name` is for error messages. `on_failure` is told, on that thread, what the thread died of."""
 
     def __init__(self, name: str, on_failure: Callable[[BaseException], None]) -> None:
         self._name = name
@@ -189,7 +73,7 @@ class Control:
     def __repr__(self) -> str:
         return f"<Control of {self._name}: {len(self._servers)} bound, {len(self._clients)} connecting or connected>"
 
-    # --- for any thread ---------------------------------------------------------------------------------------------
+    # --- for any thread --------------------------------------------------------------------------------------------
 
     @property
     def is_control_thread(self) -> bool:
@@ -230,23 +114,24 @@ class Control:
         timeout_s: float | None = DEFAULT_HANDSHAKE_TIMEOUT_S,
     ) -> Connection:
         """Ask for a connection and return at once. `hello.session` is its id, `hello.lease_s` the lease asked
-        for. The handshake may take `timeout_s`; None is for ever. Raises EndpointError, and LocalProtocolError for an invalid HELLO."""
+        for. The handshake may take `timeout_s`; None is for ever. Raises EndpointError, and LocalProtocolError for an
+        invalid HELLO."""
         connection = Connection(self, endpoint, hello)
 
         def connect() -> Connection:
             channel = ClientChannel(
                 self._context,
                 endpoint,
-                _Watching(handler, connection),
+                Watching(handler, connection),
                 hello,
                 handshake_timeout_s=math.inf if timeout_s is None else timeout_s,
             )
             try:
-                channel.session.start(_now())
+                channel.session.start(monotonic_s())
             except BaseException:
                 channel.close_socket()
                 raise
-            connection._channel = channel
+            connection.attach(channel)
             self._clients.append(channel)
             self._poller.register(channel.socket, zmq.POLLIN)
             return connection
@@ -270,10 +155,10 @@ class Control:
         return future
 
     def call_later(self, delay_s: float, fn: Callable[[], object]) -> Later:
-        """Run `fn` on the control thread in `delay_s` seconds, unless it is closed or dies before. What `fn` raises is a
+        """Run `fn` on the control thread in `delay_s` seconds, unless it closes or dies before. What `fn` raises is a
         failure of the control thread."""
         later = Later(fn)
-        due_s = _now() + delay_s
+        due_s = monotonic_s() + delay_s
 
         def add() -> None:
             heapq.heappush(self._later, (due_s, next(self._order), later))
@@ -293,10 +178,10 @@ class Control:
                 raise self._gone_error()
             return fn()
         future = self.call(fn)
-        end_s = _now() + timeout_s
+        end_s = monotonic_s() + timeout_s
         try:
             while True:
-                left_s = min(SLICE_S, end_s - _now())
+                left_s = min(SLICE_S, end_s - monotonic_s())
                 if left_s <= 0:
                     text = f"the control thread of {self._name} was busy for more than {timeout_s:g} s."
                     raise TimeoutExpired(text, fix="registering very large rings takes long: make them smaller.")
@@ -329,12 +214,12 @@ class Control:
         with self._lock:
             if self._open:
                 self._closing = True
-                self._close_by_s = min(self._close_by_s or float("inf"), _now() + timeout_s)
+                self._close_by_s = min(self._close_by_s or float("inf"), monotonic_s() + timeout_s)
                 os.eventfd_write(self._wake_fd, 1)
-        end_s = _now() + timeout_s + CALL_TIMEOUT_S
+        end_s = monotonic_s() + timeout_s + CALL_TIMEOUT_S
         while self._thread.is_alive():
             self._thread.join(SLICE_S)
-            if _now() >= end_s:
+            if monotonic_s() >= end_s:
                 raise TimeoutExpired(f"the control thread of {self._name} did not end.")
 
     def _check_pid(self) -> None:
@@ -352,7 +237,7 @@ class Control:
         error.__cause__ = failure
         return error
 
-    # --- the control thread -----------------------------------------------------------------------------------------
+    # --- the control thread ----------------------------------------------------------------------------------------
 
     def _main(self) -> None:
         failure: BaseException | None = None
@@ -375,7 +260,7 @@ class Control:
             if self._wake_fd in events:
                 os.eventfd_read(self._wake_fd)
             # What has arrived comes before what has run out: a thread that was held up must not find its peers dead.
-            now_s = _now()
+            now_s = monotonic_s()
             for server in self._servers:
                 if server.socket in events:
                     server.on_readable(now_s)
@@ -387,13 +272,13 @@ class Control:
                 leaving = True
                 self._leave()
             self._run_later()
-            now_s = _now()
+            now_s = monotonic_s()
             for server in self._servers:
                 server.sessions.on_tick(now_s)
             for client in self._clients:
                 client.session.on_tick(now_s)
             self._flush()
-            if leaving and (not self._clients or _now() >= (self._close_by_s or 0.0)):
+            if leaving and (not self._clients or monotonic_s() >= (self._close_by_s or 0.0)):
                 return
 
     def _poll_ms(self) -> int:
@@ -407,7 +292,7 @@ class Control:
         if due is None:
             return -1
         # Rounded up: a poll that ends a little too early would be followed by many of no length.
-        return int(max(0.0, min(3600.0, due - _now())) * 1000) + 1 if due > _now() else 0
+        return int(max(0.0, min(3600.0, due - monotonic_s())) * 1000) + 1 if due > monotonic_s() else 0
 
     def _run_calls(self) -> None:
         # Only what is there now: calls that beget calls must not keep the loop from its sockets.
@@ -423,7 +308,7 @@ class Control:
                 future.set_result(result)
 
     def _run_later(self) -> None:
-        while self._later and self._later[0][0] <= _now():
+        while self._later and self._later[0][0] <= monotonic_s():
             fn = heapq.heappop(self._later)[2].fn
             if fn is not None:
                 fn()
@@ -442,9 +327,9 @@ class Control:
     def _leave(self) -> None:
         for server in self._servers:
             server.close("the peer has closed its endpoint.")
-        deadline_s = self._close_by_s or _now()
+        deadline_s = self._close_by_s or monotonic_s()
         for client in self._clients:
-            client.session.bye("closed", _now(), deadline_s)
+            client.session.bye("closed", monotonic_s(), deadline_s)
 
     def _stop(self, failure: BaseException | None) -> None:
         """Free everything; every handler hears of the end, every call that waits gets an answer."""

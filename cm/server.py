@@ -57,8 +57,9 @@ class ServerChannel:
     def on_readable(self, now_s: float) -> None:
         """Answer what has arrived."""
         for _ in range(REQUESTS_A_TURN):
-            # Never a blocking receive, even after poll said "readable": a REP socket whose requesters have dropped their
-            # connections can be readable and have nothing to read.
+            # Never a blocking receive, even after poll said "readable": a REP socket whose requesters dropped their
+            # connections, or sent rubbish, can be readable and have nothing to read. After rubbish, libzmq 4.3 can also
+            # lose one or two of our replies to others; they repeat their requests.
             try:
                 parts: list[Any] = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:

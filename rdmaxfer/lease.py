@@ -116,11 +116,11 @@ class FrameLease:
         self._frame: weakref.ref[Frame] | None = None
         self._watch: weakref.ref[Any] | None = None
 
-    def issue(self, header: FrameHeader, array: np.ndarray[Any, Any]) -> Frame:
+    def issue(self, header: FrameHeader, array: np.ndarray[Any, Any], base: np.ndarray[Any, Any]) -> Frame:
+        """`base`: what `array` and every view of it hold on to, and nobody else does."""
         frame = Frame(header, array, self._link.peer, self._released)
         self._frame = weakref.ref(frame)
-        # Views of `array` hold `array` itself as their base, so its end is the end of the last of them.
-        self._watch = weakref.ref(array, self._collected)
+        self._watch = weakref.ref(base, self._collected)
         return frame
 
     def _released(self) -> None:

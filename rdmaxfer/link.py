@@ -482,11 +482,14 @@ class RecvLink(Link):
         # Copied once, then checked: the sender could change the original at any time.
         block = bytes(memory.view[start - imm.header_bytes : start])
         header = framing.unpack(block, epoch=epoch, slot=imm.slot, position=position, slot_bytes=memory.slot_bytes)
-        array: np.ndarray[Any, Any] = np.ndarray(header.shape, header.dtype, buffer=memory.view, offset=start)
+        # The flat array is the base of every view of the frame: when it goes, the lease ends. And as it is made from a read-only
+        # memoryview, none of them can be made writable.
+        flat = np.frombuffer(memory.view, np.uint8, header.payload_bytes, start)
+        array: np.ndarray[Any, Any] = np.ndarray(header.shape, header.dtype, flat)
         if epoch != self.ring.epoch:
             self._leave_older(epoch)
         lease = self.leases[position] = FrameLease(self, position)
-        self._inbox.frame_arrived(lease.issue(header, array), tag)
+        self._inbox.frame_arrived(lease.issue(header, array, flat), tag)
         ring = self.ring
         ring.epoch = epoch
         ring.received = position + 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import socket
 import threading
@@ -40,14 +41,13 @@ if TYPE_CHECKING:
     from rdmaxfer.cm.control import BoundServer, Connection, Control
     from rdmaxfer.fabric.devices import Route
     from rdmaxfer.fabric.poller import Poller
-    from rdmaxfer.fabric.verbs import Domain, Endpoint
+    from rdmaxfer.fabric.verbs import Domain
 
 log = logging.getLogger("rdmaxfer")
 
 SLICE_S = 0.1
 """Longest uninterrupted sleep: Ctrl-C is noticed within this time even if the signal went to another thread."""
 
-FOREVER_S = 1e9
 CONNECT_GRACE_S = 5.0
 BYE_S = 1.0
 """How long to wait for the peer's answer to BYE."""
@@ -73,13 +73,29 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_mark_forked)
 
 
-def deadline_of(timeout: float | None) -> float | None:
-    """The monotonic time, in seconds, at which `timeout` (seconds, None: never) ends."""
-    if timeout is None:
-        return None
-    if not timeout >= 0:
-        raise ValueError(f"a timeout is a number of seconds of at least 0, or None for no limit, not {timeout!r}")
-    return time.monotonic() + timeout
+class Deadline:
+    """When a call's `timeout` (seconds, None: never) is over. The clock is first read when there is something to wait for."""
+
+    __slots__ = ("_end_s", "_timeout_s")
+
+    def __init__(self, timeout: float | None) -> None:
+        if timeout is not None and not timeout >= 0:
+            raise ValueError(f"a timeout is a number of seconds of at least 0, or None for no limit, not {timeout!r}")
+        self._timeout_s = timeout
+        self._end_s: float | None = None
+
+    def left_s(self) -> float:
+        """Seconds left; infinite without a timeout."""
+        if self._timeout_s is None:
+            return math.inf
+        now_s = time.monotonic()
+        if self._end_s is None:
+            self._end_s = now_s + self._timeout_s
+        return self._end_s - now_s
+
+    def within(self, timeout_s: float) -> Deadline:
+        """A deadline in `timeout_s` seconds, or this one if it is earlier."""
+        return Deadline(max(0.0, min(timeout_s, self.left_s())))
 
 
 class Node(Generic[L]):
@@ -121,13 +137,12 @@ class Node(Generic[L]):
         self._opening: dict[bytes, L] = {}
         self._polled: tuple[L, ...] = ()
         """The links that the running or latest poll looks at; completions refer to them by index."""
-        self._batch: list[tuple[Endpoint, Any]] = []
-        """What the latest poll brought; handled up to `_dispatched`."""
         self._leader = False
         self._followers = 0
         self._poller: Poller | None = None
         self._poll_number = 0
         self._dispatched = 0
+        """How many of the completions of the latest poll were handled."""
         self._domains: dict[str, Domain] = {}
         self._control: Control | None = None
         self._servers: list[BoundServer] = []
@@ -160,7 +175,7 @@ class Node(Generic[L]):
         MemlockError; after an error nothing is left behind.
         """
         self._check_usable()
-        deadline = deadline_of(timeout)
+        deadline = Deadline(None if timeout is None else timeout + CONNECT_GRACE_S)
         host = parse(endpoint).host
         connector = Connector(self)
         connector.prepare(host)
@@ -169,11 +184,10 @@ class Node(Generic[L]):
                 endpoint,
                 connector.hello,
                 connector,
-                timeout_s=FOREVER_S if timeout is None else timeout,
-                lease_s=self.lease_s,
+                timeout_s=timeout,
             )
             # The session has the deadline, and knows better what it waited for when it ran out.
-            self._wait(connector.outcome, deadline and deadline + CONNECT_GRACE_S, f"connecting to {endpoint}")
+            self._wait(connector.outcome, deadline, f"connecting to {endpoint}")
         except BaseException:
             connection = self._connections.pop(connector.link.session, None)
             if connection is not None and not connection.ended:
@@ -185,7 +199,7 @@ class Node(Generic[L]):
         """Wait until at least `count` peers are connected. Raises TimeoutExpired."""
         self._wait(
             lambda: True if len(self._links) >= count else None,
-            deadline_of(timeout),
+            Deadline(timeout),
             f"waiting for {count} peer{'s' if count != 1 else ''}",
         )
 
@@ -375,9 +389,8 @@ class Node(Generic[L]):
 
     def _await_bye(self, link: L) -> None:
         """The peer said goodbye on the control plane: what it wrote before is in our completion queue, or just about to be."""
-        deadline = time.monotonic() + TEARDOWN_S
         with contextlib.suppress(RdmaxferError):
-            self._wait(lambda: None if link.live else True, deadline, "a goodbye")
+            self._wait(lambda: None if link.live else True, Deadline(TEARDOWN_S), "a goodbye")
 
     def retire(self, link: L) -> None:
         """Destroy a link that nobody uses any more. Not with the lock held."""
@@ -388,8 +401,8 @@ class Node(Generic[L]):
             while self._leader and link in self._polled:
                 self._wake()
                 self._cond.wait(SLICE_S)
-            if self._batch:
-                self._dispatch()
+            if self._poller is not None:
+                self._dispatch(self._poller)
             link.teardown(TEARDOWN_S)
             self._cond.notify_all()
 
@@ -419,52 +432,51 @@ class Node(Generic[L]):
             self._polled = tuple(self._links)
             poller.watch([link.endpoint for link in self._polled])
 
-    def _dispatch(self) -> None:
+    def _dispatch(self, poller: Poller) -> None:
         """Handle what the latest poll brought and was not handled yet. With the lock held, and no leader."""
-        batch = self._batch
-        while self._dispatched < len(batch):
-            wc = batch[self._dispatched][1]
-            self._polled[wc.index].handle(wc, (self._poll_number, self._dispatched))
-            self._dispatched += 1
-        for link in self._polled:
-            if link.live:
-                link.after_poll()
-        self._batch = []
-        self._dispatched = 0
-        self._poll_number += 1
-        if not all(link.live for link in self._links):
-            self._drop_ended()
+        count = poller.count
+        if count:
+            while self._dispatched < count:
+                wc = poller.completions[self._dispatched]
+                self._polled[wc.index].handle(wc, (self._poll_number, self._dispatched))
+                self._dispatched += 1
+            for link in self._polled:
+                if link.live:
+                    link.after_poll()
+            poller.clear()
+            self._dispatched = 0
+            self._poll_number += 1
+            for link in self._links:
+                if not link.live:
+                    self._drop_ended()
+                    break
 
     def _poll(self) -> None:
         """Poll without waiting, and handle. With the lock held; does nothing while a leader polls."""
         poller = self._poller
         if self._leader or poller is None:
             return
-        if self._batch:
-            self._dispatch()
+        self._dispatch(poller)
         if self._links:
             self._watch(poller)
-            self._batch = poller.poll()
-            if self._batch:
-                self._dispatch()
+            poller.poll()
+            self._dispatch(poller)
 
-    def _wait(self, ready: Callable[[], T | None], deadline: float | None, what: str) -> T:
+    def _wait(self, ready: Callable[[], T | None], deadline: Deadline, what: str) -> T:
         """Poll and wait until `ready()`, called with the lock held, gives something. Raises TimeoutExpired, ClosedError..."""
         with self._cond:
             return self._wait_locked(ready, deadline, what)
 
-    def _wait_locked(self, ready: Callable[[], T | None], deadline: float | None, what: str) -> T:
+    def _wait_locked(self, ready: Callable[[], T | None], deadline: Deadline, what: str) -> T:
         while True:
             self._check_usable()
             self._poll()
             value = ready()
             if value is not None:
                 return value
-            sleep_s = SLICE_S
-            if deadline is not None:
-                sleep_s = min(sleep_s, deadline - time.monotonic())
-                if sleep_s <= 0:
-                    raise TimeoutExpired(f"{what} took longer than the timeout.")
+            sleep_s = min(SLICE_S, deadline.left_s())
+            if sleep_s <= 0:
+                raise TimeoutExpired(f"{what} took longer than the timeout.")
             if self._leader or not self._links or self._poller is None:
                 self._followers += 1
                 try:
@@ -481,15 +493,14 @@ class Node(Generic[L]):
         try:
             self._lock.release()
             try:
-                self._batch = poller.wait(self._spin_s, sleep_s)
+                poller.wait(self._spin_s, sleep_s)
             finally:
                 self._acquire()
         finally:
             self._leader = False
             if self._followers:
                 self._cond.notify_all()
-        if self._batch:
-            self._dispatch()
+        self._dispatch(poller)
 
     def _acquire(self) -> None:
         # Ctrl-C while waiting for the lock must neither leave without it nor take it twice.
@@ -512,7 +523,7 @@ class Node(Generic[L]):
         """Say goodbye to all peers and free everything, within about `timeout` seconds whatever they do. Twice is harmless."""
         if self._forked:
             return
-        deadline = time.monotonic() + timeout
+        deadline = Deadline(timeout)
         with self._cond:
             if self._closed:
                 return
@@ -526,10 +537,10 @@ class Node(Generic[L]):
                 self._cond.notify_all()
             self._dismantle(deadline)
 
-    def _say_goodbye(self, deadline: float) -> None:
+    def _say_goodbye(self, deadline: Deadline) -> None:
         raise NotImplementedError
 
-    def _dismantle(self, deadline: float) -> None:
+    def _dismantle(self, deadline: Deadline) -> None:
         with ExitStack() as stack:
             for domain in self._domains.values():
                 stack.callback(domain.close)
@@ -538,7 +549,7 @@ class Node(Generic[L]):
             stack.callback(self._free_memory)
             stack.callback(self._retire_all)
             if self._control is not None:
-                self._control.close(max(0.2, min(1.0, deadline - time.monotonic())))
+                self._control.close(max(0.2, min(1.0, deadline.left_s())))
 
     def _retire_all(self) -> None:
         for link in [*self._links, *self._opening.values()]:

@@ -13,7 +13,7 @@ from rdmaxfer.cm.messages import Accept, Hello, Refuse, Resized, RingAddress
 from rdmaxfer.errors import ClosedError, EndOfStream, FrameTooLarge, RdmaxferError, RemoteProtocolError
 from rdmaxfer.lease import Frame, FrameLease
 from rdmaxfer.link import RecvLink, recv_depth, send_depth
-from rdmaxfer.node import Node, deadline_of
+from rdmaxfer.node import Deadline, Node
 
 if TYPE_CHECKING:
     from rdmaxfer.fabric.devices import Route
@@ -108,7 +108,7 @@ class Receiver(Node[RecvLink]):
         Raises TimeoutExpired; EndOfStream when every sender that this receiver connected to has said goodbye (a bound receiver
         waits for the next one); PeerLost, once, when a connection made by `connect` broke; NotConnected; ClosedError.
         """
-        frame = self._wait(self._take, deadline_of(timeout), "waiting for a frame")
+        frame = self._wait(self._take, Deadline(timeout), "waiting for a frame")
         self._frames += 1
         self._bytes += frame.nbytes
         return frame
@@ -251,7 +251,7 @@ class Receiver(Node[RecvLink]):
             self._draining.append(link)
         self._draining = [other for other in self._draining if other.leases]
 
-    def _say_goodbye(self, deadline: float) -> None:
+    def _say_goodbye(self, deadline: Deadline) -> None:
         with self._cond:
             for link in self._links:
                 link.say_bye()

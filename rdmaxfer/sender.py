@@ -18,7 +18,7 @@ from rdmaxfer.frame import FrameType, encode_metadata, frame_type
 from rdmaxfer.inband import MESSAGE_BYTES
 from rdmaxfer.lease import Slot
 from rdmaxfer.link import SendLink, recv_depth, send_depth
-from rdmaxfer.node import Node, deadline_of
+from rdmaxfer.node import Deadline, Node
 from rdmaxfer.staging import Registration, Source, StagingPool, StagingSlot
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class Sender(Node[SendLink]):
         data = np.asanyarray(array)
         kind = frame_type(data.shape, data.dtype)
         packed = encode_metadata(metadata) if metadata else b""
-        deadline = deadline_of(timeout)
+        deadline = Deadline(timeout)
         if self._registrations and data.flags.c_contiguous and data.nbytes:
             address = data.__array_interface__["data"][0]
             with self._cond:
@@ -138,7 +138,7 @@ class Sender(Node[SendLink]):
                         source.in_flight -= 1
         staging = self._stage(kind, deadline)
         try:
-            np.copyto(staging.buffer.array(0, data.shape, data.dtype, writable=True), data, casting="no")
+            _copy(data, staging)
             with self._cond:
                 seq = self._push(kind, staging, staging.address, packed, captured_ns or 0, deadline)
                 self._copied += 1
@@ -160,7 +160,7 @@ class Sender(Node[SendLink]):
         for the wait for receivers at the end. Raises as `push` does.
         """
         kind = frame_type(shape, dtype)
-        staging = self._stage(kind, deadline_of(timeout))
+        staging = self._stage(kind, Deadline(timeout))
         return Slot(self, staging, staging.buffer.array(0, kind.shape, kind.dtype, writable=True), metadata, timeout)
 
     def register(self, array: npt.NDArray[Any]) -> Registration:
@@ -197,12 +197,14 @@ class Sender(Node[SendLink]):
                     if link.ring.completed < position:
                         link.fence()
                         return None
-                if self._losses:
-                    raise self._losses.popleft()
+                for loss in self._losses:
+                    if loss.unreleased:
+                        self._losses.remove(loss)
+                        raise loss
                 return True
 
             try:
-                self._wait_locked(released, deadline_of(timeout), "flushing")
+                self._wait_locked(released, Deadline(timeout), "flushing")
             except TimeoutExpired as error:
                 waiting = {link.peer: list(link.seqs) for link in self._links if link.ring.outstanding}
                 text = "; ".join(
@@ -232,7 +234,7 @@ class Sender(Node[SendLink]):
 
     # --- how a frame goes out ------------------------------------------------------------------------------------------
 
-    def _stage(self, kind: FrameType, deadline: float | None) -> StagingSlot:
+    def _stage(self, kind: FrameType, deadline: Deadline) -> StagingSlot:
         """A free staging slot, large enough."""
         with self._cond:
             self._check_usable()
@@ -274,7 +276,7 @@ class Sender(Node[SendLink]):
         kind = frame_type(array.shape, array.dtype)
         packed = encode_metadata(metadata) if metadata else b""
         with self._cond:
-            seq = self._push(kind, staging, staging.address, packed, captured_ns, deadline_of(timeout))
+            seq = self._push(kind, staging, staging.address, packed, captured_ns, Deadline(timeout))
             staging.unlease()
             return seq
 
@@ -284,7 +286,7 @@ class Sender(Node[SendLink]):
                 staging.unlease()
 
     def _push(
-        self, kind: FrameType, source: Source, address: int, metadata: bytes, captured_ns: int, deadline: float | None
+        self, kind: FrameType, source: Source, address: int, metadata: bytes, captured_ns: int, deadline: Deadline
     ) -> int:
         """Write the frame to all receivers at once, or to none. With the lock held."""
         self._check_usable()
@@ -368,7 +370,7 @@ class Sender(Node[SendLink]):
                     link.fence()
                 return None
 
-            self._wait_locked(idle, deadline_of(30.0), "waiting for the last push from a registered array")
+            self._wait_locked(idle, Deadline(30.0), "waiting for the last push from a registered array")
             self._registrations.remove(registration)
             registration.unregister()
 
@@ -463,7 +465,7 @@ class Sender(Node[SendLink]):
             return PeerLost(f"the receiver {link.peer} closed the connection; it has received and released every frame.")
         return None
 
-    def _say_goodbye(self, deadline: float) -> None:
+    def _say_goodbye(self, deadline: Deadline) -> None:
         """Wait until the devices of all receivers have confirmed every frame, then say goodbye in band, after the last of them."""
 
         def placed() -> bool | None:
@@ -480,7 +482,7 @@ class Sender(Node[SendLink]):
         with self._cond:
             try:
                 self._wait_locked(placed, deadline, "closing: waiting for the devices to confirm the last frames")
-                self._wait_locked(told, min(deadline, time.monotonic() + GOODBYE_S), "closing: saying goodbye")
+                self._wait_locked(told, deadline.within(GOODBYE_S), "closing: saying goodbye")
             finally:
                 lost = [loss for loss in self._losses if loss.unreleased]
                 self._losses.clear()
@@ -496,3 +498,14 @@ class Sender(Node[SendLink]):
             pds, self._pds = self._pds, {}
         for pd in pds.values():
             pd.close()
+
+
+def _copy(data: np.ndarray[Any, Any], staging: StagingSlot) -> None:
+    if data.flags.c_contiguous:
+        # As bytes: numpy leaves out the padding of structures.
+        np.copyto(staging.buffer.array(0, (data.nbytes,), np.uint8, writable=True), data.reshape(-1).view(np.uint8))
+        return
+    target = staging.buffer.array(0, data.shape, data.dtype, writable=True)
+    if data.dtype.fields is not None:
+        target.reshape(-1).view(np.uint8)[...] = 0  # nothing of an earlier frame is to show through the padding
+    np.copyto(target, data, casting="no")

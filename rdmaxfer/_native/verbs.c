@@ -394,7 +394,7 @@ static int poll_one(rx_qp *q, uint32_t index, rx_wc *out, int max, rx_error *err
     return got;
 }
 
-int rx_poll(rx_qp **qps, int n, int first, rx_wc *out, int max, rx_error *error) {
+static int poll_all(rx_qp **qps, int n, int first, rx_wc *out, int max, rx_error *error) {
     int got = 0;
     for (int i = 0; i < n && got < max; i++) {
         int index = (int)(((unsigned)first + (unsigned)i) % (unsigned)n);
@@ -471,10 +471,10 @@ static int sleep_once(rx_qp **qps, int n, int wake_fd, struct pollfd *fds, const
     return fds[n].revents ? fail(error, "poll(wake_fd)", EBADF) : 1;
 }
 
-int rx_wait(rx_qp **qps, int n, int first, int wake_fd, uint64_t spin_ns, int64_t timeout_ns, rx_wc *out, int max,
-            rx_error *error) {
+static int wait_all(rx_qp **qps, int n, int first, int wake_fd, uint64_t spin_ns, int64_t timeout_ns, rx_wc *out,
+                    int max, rx_error *error) {
     struct pollfd few[BATCH + 1], *fds = few;
-    int got = rx_poll(qps, n, first, out, max, error);
+    int got = poll_all(qps, n, first, out, max, error);
     if (got || timeout_ns == 0 || max <= 0)
         return got;
     uint64_t start = now_ns(), elapsed = 0;
@@ -484,7 +484,7 @@ int rx_wait(rx_qp **qps, int n, int first, int wake_fd, uint64_t spin_ns, int64_
     while (n > 0 && elapsed < spin_ns) {
         for (int i = 0; i < SPINS_PER_CLOCK; i++) {
             relax();
-            got = rx_poll(qps, n, first, out, max, error);
+            got = poll_all(qps, n, first, out, max, error);
             if (got)
                 return got;
         }
@@ -498,7 +498,7 @@ int rx_wait(rx_qp **qps, int n, int first, int wake_fd, uint64_t spin_ns, int64_
     for (int more = 1; more > 0;) {
         got = arm_all(qps, n, error);
         if (!got)
-            got = rx_poll(qps, n, first, out, max, error); /* what came before the CQ was armed makes no event */
+            got = poll_all(qps, n, first, out, max, error); /* what came before the CQ was armed makes no event */
         if (got)
             break;
         elapsed = now_ns() - start;
@@ -509,10 +509,24 @@ int rx_wait(rx_qp **qps, int n, int first, int wake_fd, uint64_t spin_ns, int64_
         more = sleep_once(qps, n, wake_fd, fds, timeout_ns < 0 ? NULL : &left, error);
         got = more < 0 ? more : 0;
         if (!more) /* a wake or a timeout loses no completion that came at the same moment */
-            got = rx_poll(qps, n, first, out, max, error);
+            got = poll_all(qps, n, first, out, max, error);
     }
     if (fds != few)
         free(fds);
+    return got;
+}
+
+/* The count is also stored: where the caller's return is lost (a signal handler that raises), the completions are not. */
+int rx_poll(rx_qp **qps, int n, int first, rx_wc *out, int max, int *taken, rx_error *error) {
+    int got = poll_all(qps, n, first, out, max, error);
+    *taken = got > 0 ? got : 0;
+    return got;
+}
+
+int rx_wait(rx_qp **qps, int n, int first, int wake_fd, uint64_t spin_ns, int64_t timeout_ns, rx_wc *out, int max,
+            int *taken, rx_error *error) {
+    int got = wait_all(qps, n, first, wake_fd, spin_ns, timeout_ns, out, max, error);
+    *taken = got > 0 ? got : 0;
     return got;
 }
 

@@ -129,13 +129,13 @@ int rx_post_send(rx_qp *qp, const rx_send_wr *wrs, int n, int *posted, rx_error 
 int rx_post_recv(rx_qp *qp, const rx_recv_wr *wrs, int n, int *posted, rx_error *error);
 
 /* Up to max completions of n QPs, beginning with qps[first % n], so that a caller who moves `first` on is fair. */
-int rx_poll(rx_qp **qps, int n, int first, rx_wc *out, int max, rx_error *error);
+int rx_poll(rx_qp **qps, int n, int first, rx_wc *out, int max, int *taken, rx_error *error);
 
 /* The same, but if there are none: spin for up to spin_ns; then arm every CQ, look once more, and sleep on all the
  * completion channels and on wake_fd (an eventfd, or -1), until timeout_ns (< 0: for ever) after the call.
  * 0 means timeout, wake (then the eventfd was drained) or a signal, whose handler runs when the caller is back in Python. */
 int rx_wait(rx_qp **qps, int n, int first, int wake_fd, uint64_t spin_ns, int64_t timeout_ns, rx_wc *out, int max,
-            rx_error *error);
+            int *taken, rx_error *error);
 
 /* Copy n <= 4096 bytes of this process's memory: -EFAULT, not a crash, where it can't be read. */
 int rx_read_safely(uint64_t address, void *out, size_t n);

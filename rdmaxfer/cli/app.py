@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shutil
+import textwrap
 from collections.abc import Sequence
 
 import rdmaxfer
@@ -14,23 +16,25 @@ DESCRIPTION = """\
 Send images and other numpy arrays from one process to another, on the same machine or over the network, by RDMA: the
 network card (or Linux's software one, Soft-RoCE) places each frame straight into the receiver's memory.
 
-New here?  Begin with these, in this order:
-  rdmaxfer doctor     is everything there that this machine needs? If not, how do I get it?
-  rdmaxfer demo       move real photographs between two processes on this machine, and check every byte
+New here? Begin with these, in this order:
+
+  rdmaxfer doctor     is all there that this machine needs? If not, how to get it?
+  rdmaxfer demo       move real photographs between two processes on this machine
 """
 
-EXAMPLE = """\
-two machines, photos from one to the other:
+EXAMPLES = """\
+examples: photos from one machine to another, whose address is 10.0.0.2
   receiver$  rdmaxfer recv tcp://0.0.0.0:7471 --out received --verify
-  sender$    rdmaxfer send tcp://10.0.0.2:7471 photos/*.jpg         (10.0.0.2: an address of the receiver)
+  sender$    rdmaxfer send tcp://10.0.0.2:7471 photos/*.jpg
 """
+WIDEST = 100
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rdmaxfer",
-        description=DESCRIPTION,
-        epilog=f"{EXAMPLE}\n{EXIT_CODES}",
+        description=layout(DESCRIPTION),
+        epilog=layout(f"{EXAMPLES}\n{EXIT_CODES}"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"rdmaxfer {rdmaxfer.__version__}")
@@ -39,14 +43,21 @@ def make_parser() -> argparse.ArgumentParser:
         sub = subcommands.add_parser(
             command.__name__.rpartition(".")[2],
             help=command.HELP,
-            description=command.DESCRIPTION,
-            epilog=f"{command.EXAMPLES}\n{EXIT_CODES}",
+            description=layout(command.DESCRIPTION),
+            epilog=layout(f"{command.EXAMPLES}\n{EXIT_CODES}"),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         sub.add_argument("-v", "--verbose", action="store_true", help="also say what is going on, on stderr")
         command.add_arguments(sub)
         sub.set_defaults(run=command.run)
     return parser
+
+
+def layout(text: str) -> str:
+    """Fill paragraphs to the width of the terminal, and leave those with indented lines as they are."""
+    width = min(WIDEST, shutil.get_terminal_size().columns - 2)
+    paragraphs = text.strip().split("\n\n")
+    return "\n\n".join(each if "\n  " in f"\n{each}" else textwrap.fill(each, width) for each in paragraphs)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

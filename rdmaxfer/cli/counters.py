@@ -6,7 +6,7 @@ from pathlib import Path
 
 SYSFS = Path("/sys/class/infiniband")
 
-# What counts data, by driver: rxe; ConnectX; the standard ones (in units of 4 bytes). All that exist are shown.
+# What counts data, by driver: rxe; ConnectX; the standard ones (data in words of 4 bytes). All that exist are shown.
 _INTERESTING = (
     "sent_pkts",
     "rcvd_pkts",
@@ -28,6 +28,15 @@ def read(device: str, port: int, sysfs: Path = SYSFS) -> dict[str, int]:
             except (OSError, ValueError):
                 continue
     return values
+
+
+def describe(moved: dict[str, int]) -> str:
+    """What was counted between two readings, for people."""
+    told = []
+    for name, value in moved.items():
+        if value:  # the standard counters of data are in words of 4 bytes, whatever their name says
+            told.append(f"{name} +{value * 4 / 1e6:.1f} MB" if name.endswith("_data") else f"{name} +{value}")
+    return ", ".join(told) or "this driver shows none"
 
 
 def driver(device: str, sysfs: Path = SYSFS) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -14,7 +15,7 @@ from typing import IO, Any
 import numpy as np
 
 import rdmaxfer
-from rdmaxfer.cli import counters, demo_receiver, options, photos
+from rdmaxfer.cli import counters, options, photos
 from rdmaxfer.cli.digest import digest
 from rdmaxfer.cli.failure import CommandError, Exit
 from rdmaxfer.cli.progress import Progress, megabytes
@@ -36,6 +37,7 @@ examples:
 """
 HOST = "127.0.0.1"
 ALGORITHM = "blake2b"
+RECEIVER = "rdmaxfer.cli.demo_receiver"  # by name: a module that is run may not be imported before
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,21 +78,24 @@ def _run_with(child: subprocess.Popen[str], args: argparse.Namespace, files: lis
         sender.connect(endpoint)
         checked = _send_checked(sender, images, args.count)
         fast = _send_fast(sender, images, args.count)
-    result = _answer(child)
+        result = _answer(child)
+    if child.stdin is not None:
+        child.stdin.close()
+    child.wait()
     after = counters.read(route.device, route.port)
     return _tell(result, args.count, checked, fast, {name: after[name] - before.get(name, 0) for name in after})
 
 
 def _start_receiver(args: argparse.Namespace, save: str) -> subprocess.Popen[str]:
     wishes = {
-        "arguments": {**options.device_arguments(args), "slots": args.slots},
+        "arguments": {**options.device_arguments(args), "slots": args.slots, "slot_bytes": math.prod(photos.SHAPE)},
         "host": HOST,
         "count": args.count,
         "algorithm": ALGORITHM,
         "save": save,
     }
-    command = [sys.executable, "-m", demo_receiver.__name__, json.dumps(wishes)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", RECEIVER, json.dumps(wishes)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def _answer(child: subprocess.Popen[str]) -> dict[str, Any]:
@@ -145,8 +150,7 @@ def _tell(result: dict[str, Any], count: int, checked: Progress, fast: Progress,
     print(f"rate:      {_rate(checked)}, with making and hashing each picture at both ends")
     print(f"           {_rate(fast)}, the transfer alone (zero copy, {count} more frames)")
     print(f"evidence:  process {pid} polled {writes} WRITE_WITH_IMM completions for {2 * count} frames")
-    told = ", ".join(f"{name} +{value}" for name, value in moved.items() if value)
-    print(f"           the device's own counters: {told or 'this driver shows none'}")
+    print(f"           the device's own counters: {counters.describe(moved)}")
     if result["saved"]:
         print(f"picture:   {result['saved']}")
     if not good:

@@ -1,6 +1,7 @@
 """The receiving process of `rdmaxfer demo`: `python -m rdmaxfer.cli.demo_receiver WISHES`.
 
-WISHES is JSON, and so are the two lines that it prints: where it listens, and what it received.
+WISHES is JSON, and so are the two lines that it prints: where it listens, and what it received. It stays until its
+input ends, so that the sender may say goodbye first.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from rdmaxfer.cli.failure import report
 PATIENCE_S = 300.0
 
 
-def receive(wishes: dict[str, Any]) -> dict[str, Any]:
+def receive(wishes: dict[str, Any]) -> None:
     """Take `count` frames with hashes and as many without; say how many were right."""
     right, distinct, saved = 0, set(), ""
     with rdmaxfer.Receiver(**wishes["arguments"]) as receiver:
@@ -33,14 +34,16 @@ def receive(wishes: dict[str, Any]) -> dict[str, Any]:
                 if number == 0:
                     saved = _save(frame.array, wishes["save"])
         state = receiver.statistics()
-    return {
-        "frames": state.frames,
-        "right": right,
-        "distinct": len(distinct),
-        "writes": state.writes,
-        "saved": saved,
-        "pid": os.getpid(),
-    }
+        result = {
+            "frames": state.frames,
+            "right": right,
+            "distinct": len(distinct),
+            "writes": state.writes,
+            "saved": saved,
+            "pid": os.getpid(),
+        }
+        print(json.dumps(result), flush=True)
+        sys.stdin.read()
 
 
 def _save(array: Any, path: str) -> str:
@@ -53,10 +56,9 @@ def _save(array: Any, path: str) -> str:
 def main() -> int:
     logging.basicConfig(level=logging.WARNING, format="rdmaxfer (receiving): %(message)s")
     try:
-        print(json.dumps(receive(json.loads(sys.argv[1]))), flush=True)
+        receive(json.loads(sys.argv[1]))
         return 0
-    except KeyboardInterrupt as error:  # the sending process gets it too, and says so
-        del error
+    except KeyboardInterrupt:  # the sending process gets it too, and says so
         return 130
     except Exception as error:
         return report(error)

@@ -23,9 +23,10 @@ address, the network interface that it belongs to, and a type (over Ethernet rdm
 EXAMPLES = """\
 examples:
   rdmaxfer devices
-  rdmaxfer devices --json          for programs
+  rdmaxfer devices --json
+      for programs
   rdmaxfer send tcp://10.0.0.2:7471 photos/ --device rxe0 --gid-index 1
-                                   take this device, and its GID 1, instead of what rdmaxfer would choose
+      use this device, and its GID 1, instead of what rdmaxfer would choose
 """
 
 

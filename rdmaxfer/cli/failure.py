@@ -31,7 +31,9 @@ class Exit(enum.IntEnum):
 
 EXIT_CODES = f"""\
 exit codes: 0 all went well; 1 the operation failed; 2 wrong arguments; 3 no usable RDMA device or library; 4 the peer
-was not reached, or refused; 5 what arrived is not what was sent; 130 stopped by Ctrl-C. {DEBUG}=1 shows tracebacks.
+was not reached, or refused; 5 what arrived is not what was sent; 130 stopped by Ctrl-C.
+
+{DEBUG}=1 in the environment shows tracebacks.
 """
 
 

@@ -24,9 +24,12 @@ or by Ctrl-C.
 """
 EXAMPLES = """\
 examples:
-  rdmaxfer recv tcp://0.0.0.0:7471                               listen, count frames, show the rate
+  rdmaxfer recv tcp://0.0.0.0:7471
+      listen, count frames, show the rate
   rdmaxfer recv tcp://0.0.0.0:7471 --verify --out received --once
-  rdmaxfer recv tcp://10.0.0.1:7471 --connect                    the sender listens (rdmaxfer send --bind)
+      check and save what the next sender sends, then end
+  rdmaxfer recv tcp://10.0.0.1:7471 --connect
+      the sender listens there: rdmaxfer send tcp://0.0.0.0:7471 --bind ...
 """
 LOOK_EVERY_S = 0.5
 SHOWN_PROBLEMS = 10

@@ -14,6 +14,7 @@ from rdmaxfer.cli.digest import ALGORITHMS
 from rdmaxfer.cli.failure import CommandError, Exit
 from rdmaxfer.cli.progress import Progress
 from rdmaxfer.cli.sources import Files, Item, Pattern, expand, repeated
+from rdmaxfer.errors import PeerLost
 
 HELP = "send images, .npy arrays or a test pattern"
 DESCRIPTION = """\
@@ -25,10 +26,14 @@ other way round.
 """
 EXAMPLES = """\
 examples:
-  rdmaxfer send tcp://10.0.0.2:7471 photos/                     every image and .npy of a directory, sorted by name
-  rdmaxfer send tcp://10.0.0.2:7471 'scan/*.npy' --split        each .npy is a stack: send it slice by slice
+  rdmaxfer send tcp://10.0.0.2:7471 photos/
+      every image and .npy of a directory, sorted by name
+  rdmaxfer send tcp://10.0.0.2:7471 'scan/*.npy' --split
+      each .npy is a stack: send it slice by slice
   rdmaxfer send tcp://10.0.0.2:7471 --pattern 1080x1920x3:uint8 --count 600 --fps 60
-  rdmaxfer send tcp://0.0.0.0:7471 photos/ --bind               listen, and send to who connects
+      ten seconds of a made-up full HD video
+  rdmaxfer send tcp://0.0.0.0:7471 photos/ --bind
+      listen, and send to who connects
 """
 DEFAULT_COUNT = 100
 
@@ -83,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         progress = Progress("sent")
         try:
             _push_all(sender, items, args, progress)
-            sender.flush(timeout=args.timeout)
+            _flush(sender, args.timeout)
             progress.finish()
         finally:
             progress.clear()
@@ -97,6 +102,15 @@ def _meet(sender: rdmaxfer.Sender, args: argparse.Namespace) -> None:
         return
     options.say(f"listening at {sender.bind(args.endpoint)}")
     options.wait_for_peers(sender, args.peers, args.timeout)
+
+
+def _flush(sender: rdmaxfer.Sender, timeout: float | None) -> None:
+    try:
+        sender.flush(timeout=timeout)
+    except PeerLost as error:
+        if error.unreleased:
+            raise
+        # A receiver that has taken everything may leave first: nothing was lost.
 
 
 def _push_all(sender: rdmaxfer.Sender, items: Iterable[Item], args: argparse.Namespace, progress: Progress) -> None:

@@ -14,11 +14,11 @@ from rdmaxfer.fabric.verbs import Endpoint
 class Poller(Owner):
     """Polls the endpoints it watches, or sleeps until one has a completion, somebody calls `wake`, or time is up.
 
-    A completion has the fields of `rx_wc` (verbs.h) and is valid until the next call of the method that returned it.
+    After `poll` or `wait`, `completions[0]` to `completions[count - 1]` have the fields of `rx_wc` (verbs.h), until the next call.
+    Call `clear` when they are handled: until then they stay, also if an exception from a signal handler (Ctrl-C) ended the call.
 
-    While one thread is in `wait`, nobody may call `poll`: the waiting thread's completions would be the older ones, but
-    be handled later. And an endpoint is drained or closed only when no thread waits for it: `watch` the others, `wake`,
-    and go on when the waiting thread is out.
+    While one thread is in `wait`, nobody may call `poll`. And an endpoint is drained or closed only when no thread waits for it:
+    `watch` the others, `wake`, and go on when the waiting thread is out.
     """
 
     def __init__(self, max_completions: int = 128) -> None:
@@ -28,19 +28,15 @@ class Poller(Owner):
         self._max = max_completions
         self._first = 0
         self._set: tuple[tuple[Endpoint, ...], Any] = ((), self._ffi.new("rx_qp *[]", 0))
-        self._polled, self._poll_views = self._array()
-        self._waited, self._wait_views = self._array()
-        self._poll_error = self._ffi.new("rx_error *")
-        self._wait_error = self._ffi.new("rx_error *")
+        self._array = self._ffi.new("rx_wc[]", max_completions)
+        self._taken = self._ffi.new("int *")
+        self._error = self._ffi.new("rx_error *")
+        self.completions: list[Any] = [self._array[i] for i in range(max_completions)]
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._opened()
 
     def __repr__(self) -> str:
         return f"<Poller of {len(self._set[0])} endpoints>"
-
-    def _array(self) -> tuple[Any, list[Any]]:
-        array = self._ffi.new("rx_wc[]", self._max)
-        return array, [array[i] for i in range(self._max)]
 
     def watch(self, endpoints: Sequence[Endpoint]) -> None:
         """Watch these, and no others, from the next `poll` or `wait` on."""
@@ -50,38 +46,52 @@ class Poller(Owner):
         watched = tuple(endpoints)
         self._set = (watched, self._ffi.new("rx_qp *[]", [endpoint._qp for endpoint in watched]))
 
-    def poll(self) -> list[tuple[Endpoint, Any]]:
-        """What has completed."""
+    @property
+    def count(self) -> int:
+        """Completions taken and not cleared."""
+        return int(self._taken[0])
+
+    def clear(self) -> None:
+        self._taken[0] = 0
+
+    def found(self) -> list[tuple[Endpoint, Any]]:
+        """The completions taken, each with its endpoint."""
+        return [(self._set[0][wc.index], wc) for wc in self.completions[: self.count]]
+
+    def poll(self) -> int:
+        """Take what has completed; returns the count."""
         if self._state != "open":
             self._check_open()
         endpoints, qps = self._set
         self._first += 1  # each endpoint is the first one in its turn, so that a busy one does not starve the others
-        count = self._lib.rx_poll(qps, len(endpoints), self._first & 0xFFFF, self._polled, self._max, self._poll_error)
+        count: int = self._lib.rx_poll(
+            qps, len(endpoints), self._first & 0xFFFF, self._array, self._max, self._taken, self._error
+        )
         if count < 0:
-            native.check(count, self._poll_error)
-        return [(endpoints[wc.index], wc) for wc in self._poll_views[:count]]
+            native.check(count, self._error)
+        return count
 
-    def wait(self, spin_s: float, timeout_s: float | None) -> list[tuple[Endpoint, Any]]:
-        """What has completed; if nothing, what completes next. Nothing after a timeout, `wake` or a signal."""
+    def wait(self, spin_s: float, timeout_s: float | None) -> int:
+        """Take what has completed; if nothing, what completes next. 0 after a timeout, `wake` or a signal."""
         if self._state != "open":
             self._check_open()
         endpoints, qps = self._set
         self._first += 1
-        timeout_ns = -1 if timeout_s is None else max(0, int(timeout_s * 1e9))
-        count = self._lib.rx_wait(
+        count: int = self._lib.rx_wait(
             qps,
             len(endpoints),
             self._first & 0xFFFF,
             self._wake_fd,
             int(spin_s * 1e9),
-            timeout_ns,
-            self._waited,
+            -1 if timeout_s is None else max(0, int(timeout_s * 1e9)),
+            self._array,
             self._max,
-            self._wait_error,
+            self._taken,
+            self._error,
         )
         if count < 0:
-            native.check(count, self._wait_error)
-        return [(endpoints[wc.index], wc) for wc in self._wait_views[:count]]
+            native.check(count, self._error)
+        return count
 
     def wake(self) -> None:
         """End a running `wait`, or the next one, at once. From any thread."""

@@ -10,6 +10,7 @@ with Domain(route) as domain, domain.protection_domain() as pd:
 
 from __future__ import annotations
 
+import errno
 import logging
 import resource
 import secrets
@@ -135,7 +136,7 @@ class Region(Owner):
             if not _is_pyverbs(error):
                 raise
             failed = bridge.verbs_error(error, "ibv_reg_mr")
-            raise (_no_memory(nbytes) if failed.errno == 12 else failed) from error  # 12: ENOMEM
+            raise (_no_memory(nbytes) if failed.errno == errno.ENOMEM else failed) from error
         self.lkey: int = self._mr.lkey
         self.rkey: int = self._mr.rkey
         self._opened()
@@ -444,14 +445,14 @@ class Endpoint(Owner):
         sentinel.wr_id = _SENTINEL
         sentinel.opcode = lib.RX_SEND
         sentinel.flags = lib.RX_SIGNALED
-        qps, wcs = ffi.new("rx_qp *[]", [qp]), ffi.new("rx_wc[]", 64)
+        qps, wcs, taken = ffi.new("rx_qp *[]", [qp]), ffi.new("rx_wc[]", 64), ffi.new("int *")
         posted = ended = False
         deadline = time.monotonic() + timeout_s
         while True:
             if not posted:  # tried again, should the send queue have been full
                 posted = lib.rx_post_send(qp, sentinel, 1, self._posted, error) == 0
             left = deadline - time.monotonic()
-            count = lib.rx_wait(qps, 1, 0, -1, 0, max(0, int(min(left, 0.01) * 1e9)), wcs, 64, error)
+            count = lib.rx_wait(qps, 1, 0, -1, 0, max(0, int(min(left, 0.01) * 1e9)), wcs, 64, taken, error)
             if count < 0:
                 return False
             ended = ended or any(wcs[i].wr_id == _SENTINEL and not wcs[i].is_recv for i in range(count))
@@ -550,12 +551,14 @@ def _check_memlock(nbytes: int) -> None:
 def _no_memory(nbytes: int) -> VerbsError:
     limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if limit == resource.RLIM_INFINITY:
-        return native.verbs_error("ibv_reg_mr", 12, f"{nbytes} bytes; the limit on locked memory is not the cause")
+        return native.verbs_error(
+            "ibv_reg_mr", errno.ENOMEM, f"{nbytes} bytes; the limit on locked memory is not the cause"
+        )
     return MemlockError(
         f"{nbytes} bytes can't be registered: this process may lock {limit} bytes of memory "
         f"(`ulimit -l`: {limit // 1024}).",
         verb="ibv_reg_mr",
-        errno=12,
+        errno=errno.ENOMEM,
         fix="raise the limit: a line '* - memlock unlimited' in /etc/security/limits.d/rdma.conf and a new login, "
         "LimitMEMLOCK=infinity in a systemd unit, --ulimit memlock=-1 for docker and podman; or use fewer or smaller "
         "slots.",

@@ -1,8 +1,7 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034 # much of this is used by the scripts that source this file
 # What the scripts share: messages, the distribution, packages, Python, RDMA devices. Sourced, never run.
 
 program=$(basename "$0")
-# shellcheck disable=SC2034 # used by the scripts that source this file
 checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 
 say() { printf '%s: %s\n' "$program" "$*" >&2; }
@@ -109,8 +108,7 @@ install_now() {
 find_pyverbs_python() {
   local python
   for python in "${RDMAXFER_PYTHON:-}" /usr/bin/python3 /usr/bin/python3.{10..16} python3 python3.{10..16}; do
-    [[ -n $python ]] && command -v "$python" >/dev/null || continue
-    if "$python" -c 'import sys, pyverbs.device; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; then
+    if [[ -n $python ]] && "$python" -c 'import sys, pyverbs.device; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; then
       command -v "$python"
       return
     fi

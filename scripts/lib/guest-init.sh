@@ -1,16 +1,7 @@
-#!/bin/bash
+# shellcheck shell=bash disable=SC1091,SC2154 # guest, box, now, siw are set above this when it is copied; the rest is read from the box
 # The guest's side of softroce_vm.sh and softroce_uml.sh: process 1, on the host's own file tree, read-only.
 # Makes the places that must be writable, brings rxe up, runs the command of the box, hands back its exit status, powers off.
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
-mounted() { mountpoint -q "$1"; }
-read -r -a words </proc/cmdline 2>/dev/null || { mount -t proc proc /proc && read -r -a words </proc/cmdline; }
-for word in "${words[@]}"; do
-  case $word in
-    rdmaxfer.box=*) box=${word#*=} ;;
-    rdmaxfer.guest=*) guest=${word#*=} ;;
-    rdmaxfer.now=*) date -s "@${word#*=}" >/dev/null ;;
-  esac
-done
 power_off() {
   sync
   if [[ $guest == uml ]]; then echo o >/proc/sysrq-trigger; else echo b >/proc/sysrq-trigger; fi
@@ -18,9 +9,16 @@ power_off() {
 }
 
 # Where things go in: the host's tree as it was (for what the new /tmp and /run hide), and the writable directories.
-mounted /sys || mount -t sysfs sys /sys
-mounted /dev || mount -t devtmpfs dev /dev
+if [[ $guest == uml ]]; then   # the virtual machine's initramfs has done it
+  mount -t proc proc /proc
+  mount -t sysfs sys /sys
+  mount -t devtmpfs dev /dev 2>/dev/null   # the kernel may have
+else
+  date -s "@$now" >/dev/null
+fi
 mkdir -p /dev/pts /dev/shm
+ln -sfn /proc/self/fd /dev/fd
+for i in 0,stdin 1,stdout 2,stderr; do ln -sf "/proc/self/fd/${i%,*}" "/dev/${i#*,}"; done
 mount -t devpts pts /dev/pts
 mount -t tmpfs -o mode=755 run /run
 mkdir -p /run/host /run/box /run/rw /run/lock
@@ -62,10 +60,11 @@ ip address add 192.168.77.1/24 dev d0
 ip -6 address add fd77::1/64 dev d0 nodad
 ip link set d0 up
 rdma link add rxe0 type rxe netdev d0 || echo "rxe0 could not be made: the command runs without it" >&2
+[[ -z $siw ]] || rdma link add siw0 type siw netdev d0
 
 status=0
 (
-  unset words word box file guest rw i place directory port readers out err rc tty
+  unset box file guest now siw rw i place directory port readers out err rc tty
   . /run/box/environment
   export HOME=/tmp/home TMPDIR=/tmp
   . /run/box/command

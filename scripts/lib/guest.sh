@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2154 # program and checkout are set by common.sh
 # What softroce_vm.sh and softroce_uml.sh share on the host's side: a "box" (a directory of this run) that tells the guest
 # what to do, and the way its output and exit status come back. Sourced after common.sh.
 
@@ -38,7 +38,7 @@ needed_directories() {
   for entry in "${entries[@]}"; do [[ $entry != /* || ! -d $entry ]] || printf '%s\n' "$entry"; done
 }
 
-# Fills the box: the command, its environment, the directories to show and to make writable.
+# fill_box KIND: fills the box of a guest of this kind (vm, uml): the command, its environment, the directories to show and to make writable.
 fill_box() {
   local name
   { printf 'cd %q\n' "$PWD"; printf 'command=(%s)\n' "$(quoted "${command[@]}")"; } >"$box/command"
@@ -54,28 +54,33 @@ fill_box() {
   if [[ ${#rw[@]} -gt 0 ]]; then printf '%s\n' "${rw[@]}"; fi >"$box/rw"
   sed 's/\bumip\b//' /proc/cpuinfo >"$box/cpuinfo"
   if [[ /dev/stdout -ef /dev/stderr ]]; then touch "$box/merged"; fi   # one stream keeps the order of lines
-  cp "$checkout/scripts/lib/guest-init.sh" "$box/init"
-  mkfifo "$box/out" "$box/err"
+  {
+    printf '#!/bin/bash\nguest=%q box=%q now=%q siw=%q\n' "$1" "$box" "$EPOCHSECONDS" "${SIW:-}"
+    cat "$checkout/scripts/lib/guest-init.sh"
+  } >"$box/init"
+  chmod +x "$box/init"
+  mkfifo "$box/out" "$box/err" "$box/never"
 }
 
-# guest_run ENGINE...: runs the engine (which writes to the FIFOs $box/out and $box/err, and leaves the command's exit status
-# in $box/rc) in a session of its own, within the limit. Ends the script with the command's exit status.
+# guest_run ENGINE...: runs the engine (which writes to the FIFOs $box/out and $box/err, open as 3 and 4, and leaves the
+# command's exit status in $box/rc) until the limit. Ends the script with the command's exit status.
 guest_run() {
-  local status=0 out err start=$SECONDS
-  cat "$box/out" & out=$!
-  cat "$box/err" >&2 & err=$!
-  setsid timeout -k 3 "$limit" "$@" </dev/null >>"$box/log" 2>&1 &
+  local status=0 readers watcher
+  cat "$box/out" & readers=("$!")
+  cat "$box/err" >&2 & readers+=("$!")
+  "$@" </dev/null >>"$box/log" 2>&1 3<>"$box/out" 4<>"$box/err" &
   engine=$!
-  wait "$engine" || status=$?
-  kill -KILL -- "-$engine" 2>/dev/null || true
+  (   # a builtin waits: nothing is left behind when this is killed
+    trap - EXIT
+    read -r -t "$limit" <>"$box/never" || { : >"$box/expired" && kill -KILL "$engine"; }
+  ) 2>/dev/null & watcher=$!
+  wait "$engine" 2>/dev/null || status=$?
   engine=''
+  kill "$watcher" 2>/dev/null || true
   : <>"$box/out" <>"$box/err"   # an engine that never opened them would leave the readers waiting
-  wait "$out" "$err" || true
-  if [[ -s $box/rc ]]; then
-    status=$(tr -dc 0-9 <"$box/rc")
-    exit "$status"
-  fi
-  if ((SECONDS - start >= limit)); then
+  wait "${readers[@]}" || true
+  if [[ -s $box/rc ]]; then exit "$(tr -dc 0-9 <"$box/rc")"; fi
+  if [[ -e $box/expired ]]; then
     say "the command did not end within $limit s: stopped (a longer limit: --timeout)"
     exit 124
   fi
@@ -94,6 +99,9 @@ open_box() {
   trap 'exit 143' TERM HUP
 }
 close_box() {
-  [[ -z $engine ]] || kill -KILL -- "-$engine" 2>/dev/null || true
+  if [[ -n $engine ]]; then
+    kill -KILL "$engine" 2>/dev/null || true   # User Mode Linux' other processes go with its first
+    wait "$engine" 2>/dev/null || true
+  fi
   rm -rf "$box"
 }

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rdmaxfer.cli import checks, counters, devices, doctor, main
+from rdmaxfer.cli import checks, counters, doctor, main
 from rdmaxfer.cli.checks import Check
 from rdmaxfer.cli.distribution import Distribution
 from rdmaxfer.cli.failure import Exit
@@ -40,7 +40,8 @@ def statuses(found: Any) -> list[str]:
 def test_devices_are_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     broken = Device("mlx5_0", "IB", error="Permission denied")
     monkeypatch.setattr(
-        devices.found, "list_devices", lambda: (RXE, broken, Device("x", "IB", (Port(1, "DOWN", "IB", 256, 1),)))
+        "rdmaxfer.fabric.devices.list_devices",
+        lambda: (RXE, broken, Device("x", "IB", (Port(1, "DOWN", "IB", 256, 1),))),
     )
     assert main(["devices"]) == 0
     out = capsys.readouterr().out
@@ -49,7 +50,7 @@ def test_devices_are_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 
 
 def test_devices_as_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(devices.found, "list_devices", lambda: (RXE,))
+    monkeypatch.setattr("rdmaxfer.fabric.devices.list_devices", lambda: (RXE,))
     assert main(["devices", "--json"]) == 0
     (device,) = json.loads(capsys.readouterr().out)
     assert device["ports"][0]["gids"][1] == {"index": 1, "address": "192.168.77.1", "type": "ROCE_V2", "interface": ""}
@@ -57,7 +58,7 @@ def test_devices_as_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
 @pytest.mark.parametrize("arguments", [[], ["--json"]])
 def test_no_device_exits_with_3(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices.found, "list_devices", lambda: ())
+    monkeypatch.setattr("rdmaxfer.fabric.devices.list_devices", lambda: ())
     assert main(["devices", *arguments]) == Exit.NO_DEVICE
 
 
@@ -82,7 +83,7 @@ def test_a_missing_library_ends_the_examination_before_devices(monkeypatch: pyte
     def missing() -> None:
         raise VerbsUnavailable("pyverbs is not importable.", fix="apt install python3-pyverbs.")
 
-    monkeypatch.setattr(checks.bridge, "pyverbs", missing)
+    monkeypatch.setattr("rdmaxfer.fabric.bridge.pyverbs", missing)
     monkeypatch.setattr(checks, "list_devices", lambda: pytest.fail("looked for devices"))
     found = list(checks.examine({"device": None, "port": None, "gid_index": None}))
     assert found[0] == Check("pyverbs", "failed", "pyverbs is not importable", "apt install python3-pyverbs.")
@@ -116,7 +117,7 @@ def test_presence_checks() -> None:
     ],
 )
 def test_locked_memory(limit: int, capable: bool, status: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks.resource, "getrlimit", lambda which: (limit, limit))
+    monkeypatch.setattr("resource.getrlimit", lambda which: (limit, limit))
     monkeypatch.setattr(checks, "may_lock_any_amount", lambda: capable)
     assert checks.memlock().status == status
 
@@ -158,7 +159,8 @@ def test_modules_are_found_loadable_built_in_or_loaded(tmp_path: Path) -> None:
     folder = tmp_path / "lib/modules/6.1"
     folder.mkdir(parents=True)
     (folder / "modules.dep").write_text("kernel/drivers/infiniband/sw/rxe/rdma_rxe.ko.xz: kernel/x.ko\n")
-    assert here.has_module("rdma_rxe", "6.1") and not here.has_module("siw", "6.1")
+    assert here.has_module("rdma_rxe", "6.1")
+    assert not here.has_module("siw", "6.1")
     (tmp_path / "sys/module/siw").mkdir(parents=True)
     assert here.has_module("siw", "6.1")
 
@@ -171,5 +173,10 @@ def test_counters_of_devices(tmp_path: Path) -> None:
     (tmp_path / "rxe0/parent").write_text("eth0\n")
     assert counters.read("rxe0", 1, tmp_path) == {"sent_pkts": 12}
     assert counters.read("gone", 1, tmp_path) == {}
+    assert (
+        counters.describe({"sent_pkts": 3, "rcvd_pkts": 0, "port_xmit_data": 500_000})
+        == "sent_pkts +3, port_xmit_data +2.0 MB"
+    )
+    assert "none" in counters.describe({"sent_pkts": 0})
     assert "Soft-RoCE" in counters.driver("rxe0", tmp_path)
     assert "unknown" in counters.driver("gone", tmp_path)

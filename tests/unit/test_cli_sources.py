@@ -66,7 +66,8 @@ def test_npy_files_travel_whole_or_split(tmp_path: Path) -> None:
 def test_unusual_arrays_are_read(tmp_path: Path, array: Any) -> None:
     np.save(tmp_path / "u.npy", array)
     (item,) = Files([tmp_path / "u.npy"])
-    assert np.array_equal(item.array, array) and item.array.dtype == np.asarray(array).dtype
+    assert np.array_equal(item.array, array)
+    assert item.array.dtype == np.asarray(array).dtype
 
 
 def test_pickles_are_never_loaded(tmp_path: Path) -> None:
@@ -87,7 +88,8 @@ def test_images_are_read_as_pixels(tmp_path: Path) -> None:
     image.fromarray(pixels).save(tmp_path / "i.png")
     image.fromarray(pixels).convert("P").save(tmp_path / "palette.png")
     (item, palette) = Files([tmp_path / "i.png", tmp_path / "palette.png"])
-    assert item.source == "image" and np.array_equal(item.array, pixels)
+    assert item.source == "image"
+    assert np.array_equal(item.array, pixels)
     assert palette.array.shape == (4, 5, 3)
 
 
@@ -181,6 +183,6 @@ def test_frames_of_a_photograph_are_tiled_and_all_different() -> None:
 
 
 def test_without_scikit_image_the_demo_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(photos.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(CommandError, match=r"rdmaxfer\[demo\]"):
         photos.find()

@@ -1,8 +1,8 @@
 """Both sides of the handshake, joined by a simulated network, with simulated time.
 
-Faults come as runs, a kind and a number of messages, because that is how networks fail: single losses hardly ever hit twice
-what has to be hit twice to break a protocol. Whatever happened: once everything has run out, both sides agree, and every
-handler was told everything exactly once.
+Faults come as runs, a kind and a number of messages, because that is how networks fail: single losses hardly ever hit
+twice what has to be hit twice to break a protocol. Whatever happened: once everything has run out, both sides agree,
+and every handler was told everything exactly once.
 """
 
 from __future__ import annotations
@@ -274,7 +274,7 @@ class World:
             raise AssertionError(f"half-open: {self.client.state}")
 
 
-# --- the ordinary course -----------------------------------------------------------------------------------------------
+# --- the ordinary course ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("role", ["sender", "receiver"])
@@ -402,7 +402,7 @@ def test_a_closed_server_refuses() -> None:
     assert (reply.code, reply.message) == (m.RefuseCode.CLOSING, "going home")
 
 
-# --- a server and one request ------------------------------------------------------------------------------------------
+# --- a server and one request -------------------------------------------------------------------------------------
 
 
 def refusal(server: ServerSessions, data: bytes) -> m.Refuse:
@@ -413,7 +413,8 @@ def refusal(server: ServerSessions, data: bytes) -> m.Refuse:
 
 def test_garbage_is_refused_and_counted() -> None:
     server = make_server(Server())
-    for data in (b"", b"GET / HTTP/1.1", bytes(70000), b"RDMAXFR\x01\xc1", m.encode(m.Gone(session=bytes(16), request=1))):
+    answer = m.encode(m.Gone(session=bytes(16), request=1))
+    for data in (b"", b"GET / HTTP/1.1", bytes(70000), b"RDMAXFR\x01\xc1", answer):
         assert refusal(server, data).code is m.RefuseCode.MALFORMED
     assert server.statistics().malformed == 5
     wrong = b"RDMAXFR\x07" + m.encode(make_hello())[8:]
@@ -489,14 +490,14 @@ def test_a_handler_may_end_its_own_session() -> None:
         server.end(session, "changed my mind")
         return original(session, message)
 
-    handler.ready = ready  # type: ignore[method-assign]
+    handler.ready = ready  # type: ignore[method-assign,assignment]
     reply = refusal(server, m.encode(m.Ready(session=hello.session, request=2, ring=None)))
     assert reply.code is m.RefuseCode.CLOSING
     assert handler.gone_ones == [(hello.session, True)]
     assert not handler.errors
 
 
-# --- a client and one reply ---------------------------------------------------------------------------------------------
+# --- a client and one reply ---------------------------------------------------------------------------------------
 
 
 def test_a_garbage_reply_ends_the_session() -> None:
@@ -514,6 +515,22 @@ def test_a_garbage_reply_ends_the_session() -> None:
         client.on_tick(100.0)
         assert client.state is ClientState.ENDED
         assert len(handler.ends) == 1
+
+
+def test_the_lease_counts_from_when_the_answered_request_was_sent() -> None:
+    world = World()
+    world.connect()
+    assert world.server is not None
+    client, sent_s = world.client, world.now + LEASE_S / 3
+    client.on_tick(sent_s)
+    renew = client.outgoing()
+    assert renew is not None
+    reply = world.server.on_request(renew, "", sent_s)
+    client.on_reply(reply, sent_s + 3.0)
+    client.on_tick(sent_s + LEASE_S - 0.01)
+    assert client.state is ClientState.CONNECTED
+    client.on_tick(sent_s + LEASE_S)
+    assert isinstance(world.client_handler.ends[0], PeerLost)
 
 
 def test_late_replies_are_ignored() -> None:
@@ -543,7 +560,7 @@ def test_calls_out_of_order_are_errors() -> None:
     assert world.client.state is ClientState.CONNECTED
 
 
-# --- faults ------------------------------------------------------------------------------------------------------------
+# --- faults -------------------------------------------------------------------------------------------------------
 
 KINDS = ["none", "outage", "lose requests", "lose replies", "duplicate", "delay", "long delay"]
 faults = st.lists(st.tuples(st.sampled_from(KINDS), st.integers(1, 14)), max_size=6)
@@ -591,7 +608,7 @@ def test_both_sides_agree_in_the_end(
 @settings(max_examples=300, deadline=None)
 @given(faults, st.floats(0.0, 3 * LEASE_S))
 def test_the_connecting_side_gives_up_first(runs: list[tuple[str, int]], until: float) -> None:
-    # So a bound side serves nobody who thinks the connection has ended, without having been told, for longer than a lease.
+    # A bound side may believe for a while in a connection that has ended; a connecting side never does.
     world = World()
     world.connect()
     world.faults = [[kind, length] for kind, length in runs if kind not in ("delay", "long delay", "duplicate")]
@@ -610,7 +627,8 @@ def test_no_sequence_of_requests_upsets_a_server(requests: list[bytes | int]) ->
     pool: list[m.Message] = [make_hello(1), make_hello(2), make_hello(3, "receiver")]
     pool += [m.Ready(session=session, request=number, ring=None) for number in (1, 2, 3)]
     pool += [m.Renew(session=session, request=number) for number in (3, 4)]
-    pool += [m.Resize(session=session, request=5, wanted_bytes=9, ring=None), m.Bye(session=session, request=6, reason="")]
+    pool += [m.Resize(session=session, request=5, wanted_bytes=9, ring=None)]
+    pool += [m.Bye(session=session, request=6, reason="")]
     pool += [m.Started(session=session, request=1), m.Renew(session=make_hello(2).session, request=2)]
     for now, request in enumerate(requests):
         data = request if isinstance(request, bytes) else m.encode(pool[request])

@@ -18,7 +18,7 @@ from rdmaxfer.errors import FrameError, FrameTooLarge, RemoteProtocolError, Unsu
 from rdmaxfer.frame import HEADER_ROOM, FrameHeader, decode_metadata, encode_metadata, frame_type, unpack
 
 SLOT_BYTES = 1 << 20
-NUMBERS = {"epoch": 7, "slot": 3, "seq": 1 << 40, "position": 99}
+NUMBERS: dict[str, Any] = {"epoch": 7, "slot": 3, "seq": 1 << 40, "position": 99}
 
 SIMPLE = [
     order + code
@@ -27,7 +27,7 @@ SIMPLE = [
 ] + ["|b1", "|i1", "|u1"]
 
 
-def pack(shape: Any, dtype: Any, metadata: bytes = b"", **numbers: int) -> bytes:
+def pack(shape: Any, dtype: Any, metadata: bytes = b"", **numbers: Any) -> bytes:
     room = bytearray(b"\xaa" * HEADER_ROOM)
     size = frame_type(shape, dtype).pack_into(room, HEADER_ROOM, metadata=metadata, **{**NUMBERS, **numbers})
     assert room[:-size] == b"\xaa" * (HEADER_ROOM - size)
@@ -107,7 +107,7 @@ def test_shape_and_dtype_survive(shape: tuple[int, ...], dtype: np.dtype[Any]) -
     captured_ns=st.integers(-(2**63), 2**63 - 1),
     pushed_ns=st.integers(-(2**63), 2**63 - 1),
 )
-def test_numbers_survive(**numbers: int) -> None:
+def test_numbers_survive(**numbers: Any) -> None:
     block = pack((3,), "u1", **numbers)
     header = unpack(
         block,
@@ -212,7 +212,8 @@ def test_a_dtype_of_another_package_is_refused_even_under_a_built_in_name() -> N
 
 
 def test_what_numpy_does_not_know_is_refused() -> None:
-    for dtype in ("nonsense", [("a",)], {"names": 1}, 5):
+    dtypes: list[Any] = ["nonsense", [("a",)], {"names": 1}, 5]
+    for dtype in dtypes:
         with pytest.raises(UnsupportedDtype, match="makes no dtype"):
             frame_type((2,), dtype)
 
@@ -490,7 +491,8 @@ def test_hostile_types_cannot_grow_the_memory() -> None:
     for count in range(1000):
         parse(with_type((count % 7,), f"<M8[{count + 1}us]".encode(), count % 7 * 8))
     info = wire._parse_type.cache_info()
-    assert info.maxsize is not None and info.currsize <= info.maxsize
+    assert info.maxsize is not None
+    assert info.currsize <= info.maxsize
 
 
 # --- metadata ---------------------------------------------------------------------------------------------------------

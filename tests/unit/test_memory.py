@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import mmap
 
@@ -10,6 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rdmaxfer.errors import MemlockError
+from rdmaxfer.fabric import verbs
 from rdmaxfer.memory import Buffer
 
 
@@ -78,3 +81,29 @@ def test_sizes_that_overflow_are_refused() -> None:
 
 def test_it_says_what_it_is() -> None:
     assert repr(Buffer(5)).startswith("<Buffer 5 bytes at 0x")
+
+
+# --- the limit on locked memory ---
+
+
+@pytest.mark.parametrize("limit", [0, 65536, 8 << 20])
+def test_memory_above_the_limit_names_the_limit_and_the_fixes(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    monkeypatch.setattr(verbs.resource, "getrlimit", lambda kind: (limit, limit))
+    monkeypatch.setattr(verbs, "_may_lock_any_amount", lambda: False)
+    verbs._check_memlock(limit)
+    with pytest.raises(
+        MemlockError, match=rf"{limit + 1} bytes.*may lock {limit} bytes.*limits\.d.*LimitMEMLOCK"
+    ) as caught:
+        verbs._check_memlock(limit + 1)
+    assert (caught.value.verb, caught.value.errno) == ("ibv_reg_mr", errno.ENOMEM)
+
+
+def test_who_may_lock_any_amount_is_not_held_to_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verbs.resource, "getrlimit", lambda kind: (4096, 4096))
+    monkeypatch.setattr(verbs, "_may_lock_any_amount", lambda: True)
+    verbs._check_memlock(1 << 40)
+
+
+def test_without_a_limit_a_failed_registration_has_another_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verbs.resource, "getrlimit", lambda kind: (verbs.resource.RLIM_INFINITY,) * 2)
+    assert not isinstance(verbs._no_memory(5), MemlockError)

@@ -1,0 +1,120 @@
+#!/usr/bin/env bash
+# help
+# Runs all tests, also those that need an RDMA device, on a machine that need not have one.
+#
+#   scripts/test.sh [arguments of pytest]
+#
+#   host    tests/unit and tests/local: no device
+#   device  every test marked "rdma", on a real device of this machine where there is one; else in
+#   uml     ... a User Mode Linux guest with Soft-RoCE, at this machine's speed (scripts/softroce_uml.sh), and
+#   vm      ... those also marked "smoke" on the distribution's own kernel in a virtual machine (scripts/softroce_vm.sh)
+#
+# Missing packages are installed (as root or by sudo; else the line to run is printed). The first run builds the User
+# Mode Linux kernel, which takes 4 to 6 minutes on 2 processors. A device test that finds no device fails; a stage in which no
+# device test ran fails. All stages run, whatever fails; the exit status is 0 only if nothing did.
+#
+#   STAGES="host uml vm"   the stages to run, when not all of them
+#   scripts/test.sh -k handshake
+# end of help
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+# shellcheck source=scripts/lib/common.sh
+. "$here/lib/common.sh"
+# shellcheck source=scripts/lib/venv.sh
+. "$here/lib/venv.sh"
+
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then show_help; exit; fi
+
+if [[ -n ${STAGES:-} ]]; then read -r -a stages <<<"$STAGES"
+elif active_device >/dev/null; then stages=(host device)
+else stages=(host uml vm); fi
+has_stage() { [[ " ${stages[*]} " == *" $1 "* ]]; }
+
+results=$(mktemp -d)
+background=()
+clean_up() {
+  local job
+  for job in "${background[@]}"; do kill "$job" 2>/dev/null || true; done
+  rm -rf "$results"
+}
+trap clean_up EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM HUP
+
+# Packages first and one after the other: apt has one lock. What only downloads and compiles then goes on beside pip.
+install_requirements gcc
+uml_ready='' vm_ready=''
+if has_stage uml; then
+  "$here/softroce_uml.sh" tools
+  "$here/softroce_uml.sh" build & uml_ready=$!
+  background+=("$uml_ready")
+fi
+if has_stage vm; then
+  "$here/softroce_vm.sh" tools
+  "$here/softroce_vm.sh" prepare & vm_ready=$!
+  background+=("$vm_ready")
+fi
+make_venv test
+
+# Guests can't write into the checkout, so nothing tries to; RDMAXFER_TEST_DEVICE makes a missing device a failure.
+# Not "python -m pytest": that would put the checkout, and so the package as it is not installed, on the path.
+pytest=("$venv/bin/pytest" -p no:cacheprovider)
+arguments=("$@")
+device_tests=("$checkout/tests/device")
+[[ -z $(find "$checkout/tests/faults" -name 'test_*.py' -print -quit 2>/dev/null) ]] || device_tests+=("$checkout/tests/faults")
+host_tests=("$checkout/tests/unit")
+[[ -z $(find "$checkout/tests/local" -name 'test_*.py' -print -quit 2>/dev/null) ]] || host_tests+=("$checkout/tests/local")
+
+run_stage() {
+  case $1 in
+    host) "${pytest[@]}" "${host_tests[@]}" -m "not rdma" --junitxml="$results/host.xml" "${arguments[@]}" ;;
+    device) RDMAXFER_TEST_DEVICE=1 "${pytest[@]}" "${device_tests[@]}" -m rdma --junitxml="$results/device.xml" "${arguments[@]}" ;;
+    uml)
+      wait "$uml_ready" || { say "the User Mode Linux kernel is not there (see above)"; return 1; }
+      RDMAXFER_TEST_DEVICE=1 "$here/softroce_uml.sh" --rw "$results" --timeout 1200 -- \
+        "${pytest[@]}" "${device_tests[@]}" -m rdma --junitxml="$results/uml.xml" "${arguments[@]}" ;;
+    vm)
+      wait "$vm_ready" || { say "the virtual machine's kernel is not there (see above)"; return 1; }
+      # Emulated, everything takes 20 to 50 times as long: no test is to be called stuck for that.
+      RDMAXFER_TEST_DEVICE=1 "$here/softroce_vm.sh" --rw "$results" --timeout 900 -- \
+        "${pytest[@]}" "${device_tests[@]}" -m "rdma and smoke" -o timeout=600 --junitxml="$results/vm.xml" "${arguments[@]}" ;;
+    *) say "no stage is called $1"; return 2 ;;
+  esac
+}
+
+# Prints "RAN FAILED SKIPPED" of a junit file; RAN counts what neither was skipped nor failed before it began.
+counts() {
+  "$venv/bin/python" - "$1" <<'PY'
+import sys, xml.etree.ElementTree as tree
+try:
+    cases = list(tree.parse(sys.argv[1]).iter("testcase"))
+except (OSError, tree.ParseError):
+    cases = []
+skipped = sum(case.find("skipped") is not None for case in cases)
+failed = sum(case.find("failure") is not None or case.find("error") is not None for case in cases)
+print(len(cases) - skipped, failed, skipped)
+PY
+}
+
+failed=() summary=()
+for stage in "${stages[@]}"; do
+  printf '\n===== %s =====\n' "$stage"
+  start=$SECONDS status=0
+  run_stage "$stage" || status=$?
+  read -r ran bad skipped <<<"$(counts "$results/$stage.xml")"
+  verdict=passed
+  if ((status != 0)); then verdict="FAILED (exit status $status)"; fi
+  if ((ran == 0)); then verdict="FAILED: no test ran"; fi
+  [[ $verdict == passed ]] || failed+=("$stage")
+  kind="tests"
+  [[ $stage == host ]] || kind="rdma tests"
+  summary+=("$(printf '%-7s %4d %-10s ran, %d failed, %d skipped, %d s: %s' "$stage" "$ran" "$kind" "$bad" "$skipped" $((SECONDS - start)) "$verdict")")
+done
+
+printf '\n===== summary =====\n'
+printf '%s\n' "${summary[@]}"
+if ((${#failed[@]})); then
+  printf '===== FAILED: %s =====\n' "${failed[*]}"
+  exit 1
+fi
+printf '===== all stages passed in %d s =====\n' "$SECONDS"
