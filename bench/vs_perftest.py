@@ -46,9 +46,10 @@ def cpu_s() -> float:
 
 def receive(args: argparse.Namespace) -> None:
     """The other process: takes frames, and sends each back for latency."""
-    with rdmaxfer.Receiver(slots=args.slots, slot_bytes=args.size, spin_s=args.spin) as receiver, rdmaxfer.Sender(
-        slots=args.slots, spin_s=args.spin
-    ) as back:
+    with (
+        rdmaxfer.Receiver(slots=args.slots, slot_bytes=args.size, spin_s=args.spin) as receiver,
+        rdmaxfer.Sender(slots=args.slots, spin_s=args.spin) as back,
+    ):
         print(receiver.bind("tcp://127.0.0.1:*"), back.bind("tcp://127.0.0.1:*"), flush=True)
         echo = np.zeros(args.size, np.uint8)
         with back.register(echo):
@@ -68,9 +69,10 @@ def ours(args: argparse.Namespace, kind: str, size: int, count: int) -> dict[str
     assert peer.stdout is not None
     try:
         there, back = peer.stdout.readline().split()
-        with rdmaxfer.Sender(slots=args.slots, spin_s=args.spin) as sender, rdmaxfer.Receiver(
-            slots=args.slots, slot_bytes=size, spin_s=args.spin
-        ) as receiver:
+        with (
+            rdmaxfer.Sender(slots=args.slots, spin_s=args.spin) as sender,
+            rdmaxfer.Receiver(slots=args.slots, slot_bytes=size, spin_s=args.spin) as receiver,
+        ):
             sender.connect(there)
             # One source buffer for each slot: perftest has one for each queue pair.
             sources = [np.full(size, i, np.uint8) for i in range(args.slots)]
@@ -129,7 +131,11 @@ def perftest(args: argparse.Namespace, kind: str, size: int, count: int) -> dict
         try:
             for _ in range(100):
                 client = subprocess.run(
-                    [*common, "127.0.0.1"], capture_output=True, text=True, timeout=120, env={**os.environ, "LC_ALL": "C"}
+                    [*common, "127.0.0.1"],
+                    capture_output=True,
+                    text=True,
+                    timeout=120,
+                    env={**os.environ, "LC_ALL": "C"},
                 )
                 if "Couldn't connect" not in client.stderr + client.stdout:
                     break
@@ -166,11 +172,17 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="times the usual number of frames a round")
     parser.add_argument("--json", action="store_true", help="print the rounds as JSON, too")
     args = parser.parse_args()
-    route = choose_gid(list_devices(), device=os.environ.get("RDMAXFER_DEVICE") or None, local_ip=local_ip_towards("127.0.0.1"))
+    route = choose_gid(
+        list_devices(), device=os.environ.get("RDMAXFER_DEVICE") or None, local_ip=local_ip_towards("127.0.0.1")
+    )
     args.device, args.gid_index, args.tcp_port = route.device, route.gid_index, 18515
-    print(f"device {route.device}, GID {route.gid_index}, MTU {route.active_mtu}, {os.cpu_count()} CPUs, depth {args.slots}, "
-          f"{args.rounds} rounds, {'equal working set' if args.equal_working_set else 'perftest with one buffer'}")
-    print(f"{'':>12} {'bytes':>9} {'rdmaxfer':>10} {'perftest':>10} {'ratio':>6} {'CPU us/frame: sender':>21} {'receiver':>9}")
+    print(
+        f"device {route.device}, GID {route.gid_index}, MTU {route.active_mtu}, {os.cpu_count()} CPUs, depth {args.slots}, "
+        f"{args.rounds} rounds, {'equal working set' if args.equal_working_set else 'perftest with one buffer'}"
+    )
+    print(
+        f"{'':>12} {'bytes':>9} {'rdmaxfer':>10} {'perftest':>10} {'ratio':>6} {'CPU us/frame: sender':>21} {'receiver':>9}"
+    )
     for kind in args.kinds:
         for size in args.sizes:
             count = max(20, int(SIZES.get(size, 200) * args.scale))
@@ -183,9 +195,14 @@ def main() -> None:
                 rounds.append((pair[ours], pair[perftest]))
             mine, theirs = (statistics.median(each[i]["value"] for each in rounds) for i in (0, 1))
             ratio = theirs / mine if kind == "lat" else mine / theirs
-            sender_us, receiver_us = (statistics.median(each[0][key] for each in rounds) for key in ("cpu_us", "peer_cpu_us"))
-            print(f"{'us one way' if kind == 'lat' else 'MB/s':>12} {size:>9} {mine:>10.1f} {theirs:>10.1f} {ratio:>6.2f} "
-                  f"{sender_us:>21.1f} {receiver_us:>9.1f}", flush=True)
+            sender_us, receiver_us = (
+                statistics.median(each[0][key] for each in rounds) for key in ("cpu_us", "peer_cpu_us")
+            )
+            print(
+                f"{'us one way' if kind == 'lat' else 'MB/s':>12} {size:>9} {mine:>10.1f} {theirs:>10.1f} {ratio:>6.2f} "
+                f"{sender_us:>21.1f} {receiver_us:>9.1f}",
+                flush=True,
+            )
             if args.json:
                 print(json.dumps(rounds), flush=True)
 

@@ -63,6 +63,9 @@ class ClientHandler(Protocol):
     def resized(self, resized: Resized | Refuse) -> None:
         """The answer to `request_resize`, in the order of the requests."""
 
+    def renewed(self, wanted_bytes: int) -> None:
+        """The peer is alive. If it is a sender: the slot bytes it waits for, or 0."""
+
     def ended(self, error: RdmaxferError | None) -> None:
         """Called exactly once, and last. None if this side said `bye`; else Refused, ConnectTimeout, PeerLost,
         RemoteProtocolError or what this handler raised."""
@@ -243,6 +246,8 @@ class ClientSession:
             self._move(ClientEvent.ANSWERED)
             if isinstance(reply, Started):
                 self._handler.started()
+            else:
+                self._handler.renewed(reply.wanted_bytes)
 
     def _accepted(self, accept: Accept, now_s: float) -> None:
         if accept.role == self._hello.role:

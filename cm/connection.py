@@ -136,6 +136,9 @@ class Watching:
     def resized(self, resized: Resized | Refuse) -> None:
         self._handler.resized(resized)
 
+    def renewed(self, wanted_bytes: int) -> None:
+        self._handler.renewed(wanted_bytes)
+
     def ended(self, error: RdmaxferError | None) -> None:
         # The handler first, so that who waits finds everything settled; but wake them in any case.
         try:

@@ -154,7 +154,10 @@ class Renew(_Message, frozen=True, tag="renew"):
 
 
 class Renewed(_Message, frozen=True, tag="renewed"):
-    """The bound side is alive."""
+    """The bound side is alive. A bound sender says here, too, what slots it wants (0: those it has), should the receiver not
+    poll its queue, where RESIZE_WANTED would tell it sooner."""
+
+    wanted_bytes: _SlotWish
 
 
 class Resize(_Message, frozen=True, tag="resize"):

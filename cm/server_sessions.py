@@ -44,7 +44,7 @@ MAX_REMEMBERED = 1024
 class ServerHandler(Protocol):
     """What the bound side does at each step. Session ids and request numbers of what it returns are filled in.
 
-    An exception from any of the first three refuses the request as `internal`, ends the session and goes to `failed`.
+    An exception from any of the first four refuses the request as `internal`, ends the session and goes to `failed`.
     """
 
     def hello(self, hello: Hello, peer: str) -> Accept | Refuse:
@@ -55,6 +55,9 @@ class ServerHandler(Protocol):
 
     def resize(self, session: bytes, resize: Resize) -> Resized | Refuse:
         """A Refuse leaves the session as it is."""
+
+    def wanted(self, session: bytes) -> int:
+        """Slot bytes that a sender here waits for, to be told to the receiver; 0 for none."""
 
     def gone(self, session: bytes, reason: str, graceful: bool) -> None:
         """Called exactly once for every session that `hello` accepted. `graceful`: one of the sides said it leaves."""
@@ -264,7 +267,8 @@ class ServerSessions:
                 self._end(session, f"the peer said goodbye: {message.reason}", graceful=True, reply=gone)
                 return gone
             case _:
-                reply = Renewed(session=session.id, request=message.request)
+                wanted_bytes = self._handler.wanted(session.id)
+                reply = Renewed(session=session.id, request=message.request, wanted_bytes=wanted_bytes)
         past = self._past.get(session.id)
         if past is not None:  # the handler itself ended the session meanwhile
             return self._refuse(key, past.code, past.text)

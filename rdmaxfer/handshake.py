@@ -1,7 +1,7 @@
 """How a Sender or Receiver answers the control plane: one handler for each bound endpoint, one for each `connect`.
 
-Everything here but `Connector.prepare` and `Connector.outcome` runs on the control thread, and decides by the node's own settings what the two
-sides agree on: fabric, GID, path MTU, slots, slot bytes.
+Everything here but `Connector.prepare` and `Connector.outcome` runs on the control thread, and decides by the node's own
+settings what the two sides agree on: fabric, GID, path MTU, slots, slot bytes.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ class Acceptor(Generic[L]):
             route = node.route(host, peer_gid=theirs.gid)
             if route.link_layer.lower() != theirs.link_layer:
                 raise NoDevice(
-                    f"the link layers differ: {route.device} here is {route.link_layer}, {theirs.device} there is {theirs.link_layer}.",
+                    f"the link layers differ: {route.device} here is {route.link_layer.lower()}, {theirs.device} there is "
+                    f"{theirs.link_layer}.",
                     fix="choose devices on the same network with device=...",
                 )
             link = node.open_link(hello.session, hello.name, route)
@@ -128,6 +129,9 @@ class Acceptor(Generic[L]):
         except RdmaxferError as error:
             return refusal(resize, RefuseCode.FRAME_TOO_LARGE, error, limit=self._node.slot_limit(link))
         return Resized(session=session, request=resize.request, ring=ring)
+
+    def wanted(self, session: bytes) -> int:
+        return self._node.wanted(self._links[session])
 
     def gone(self, session: bytes, reason: str, graceful: bool) -> None:
         link = self._links.pop(session, None)
@@ -205,6 +209,9 @@ class Connector(Generic[L]):
 
     def resized(self, answer: Resized | Refuse) -> None:
         self._node.resize_answered(self.link, answer)
+
+    def renewed(self, wanted_bytes: int) -> None:
+        self._node.renewed(self.link, wanted_bytes)
 
     def ended(self, error: RdmaxferError | None) -> None:
         """The session is over; called once."""

@@ -17,8 +17,9 @@ from rdmaxfer.errors import FrameReleased
 from rdmaxfer.frame import FrameHeader, decode_metadata
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from rdmaxfer.link import RecvLink
-    from rdmaxfer.memory import Buffer
     from rdmaxfer.sender import Sender
     from rdmaxfer.staging import StagingSlot
 
@@ -98,7 +99,7 @@ class Frame:
             self._array = None
             self._end()
 
-    def __enter__(self) -> Frame:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -168,7 +169,13 @@ class Slot:
         """The frame's sequence number once it was committed."""
 
     def __repr__(self) -> str:
-        state = "reserved" if self._staging is not None else "discarded" if self.seq is None else f"committed seq={self.seq}"
+        state = (
+            "reserved"
+            if self._staging is not None
+            else "discarded"
+            if self.seq is None
+            else f"committed seq={self.seq}"
+        )
         return f"<Slot {state} shape={self._array.shape} dtype={self._array.dtype}>"
 
     @property
@@ -177,7 +184,7 @@ class Slot:
         if self._staging is None:
             raise FrameReleased(
                 "this slot was committed or discarded: its memory is on its way to the receivers.",
-                fix="fill slot.array before the end of the `with sender.reserve(...)` block; reserve another slot for the next frame.",
+                fix="fill slot.array before the end of the `with sender.reserve(...)` block, and reserve another slot next time.",
             )
         return self._array
 
@@ -203,10 +210,12 @@ class Slot:
         if staging is not None:
             self._sender._abandoned.append(staging)
 
-    def __enter__(self) -> Slot:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._staging is None:
             return
         if kind is not None:

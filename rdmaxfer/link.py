@@ -26,7 +26,7 @@ from rdmaxfer.memory import Buffer
 from rdmaxfer.ring import RecvRing, SendRing
 
 if TYPE_CHECKING:
-    from rdmaxfer.fabric.verbs import Endpoint, ProtectionDomain, Region
+    from rdmaxfer.fabric.verbs import Endpoint, ProtectionDomain
     from rdmaxfer.staging import Source
 
 log = logging.getLogger("rdmaxfer")
@@ -36,7 +36,7 @@ EXTRA_RECVS = 4
 
 
 def send_depth(slots: int) -> int:
-    """Work requests that a link's send queue holds: two a slot, and enough to split a large frame for devices with a small max_msg_sz."""
+    """Work requests that a link's send queue holds: two a slot, and enough to split a large frame where max_msg_sz is small."""
     return max(64, 2 * slots + 16)
 
 
@@ -416,6 +416,9 @@ class RecvLink(Link):
         self.writes_received = 0
         self.credits_sent = 0
         self.resizing = False
+        """Whether a larger ring is being offered to a bound sender."""
+        self.wanted_bytes = 0
+        """The latest slot size that the sender asked for in band, or by its answer to RENEW."""
         self._inbox = inbox
         self._memory: dict[int, _RingMemory] = {}
         self._depth = 0

@@ -51,7 +51,8 @@ class Buffer:
         # a read-only array writable again.
         memory = memoryview(self._map)
         base = np.frombuffer(memory if writable else memory.toreadonly(), np.uint8)
-        return np.ndarray(tuple(shape), kind, base, offset)
+        array: np.ndarray[Any, np.dtype[Any]] = np.ndarray(tuple(shape), kind, base, offset)
+        return array
 
     def _check(self, offset: int, nbytes: int) -> None:
         if offset < 0 or nbytes < 0 or offset + nbytes > self.nbytes:

@@ -8,6 +8,7 @@ leader has been woken. Every wait has a deadline or is cut in slices, so that Ct
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import os
@@ -310,6 +311,13 @@ class Node(Generic[L]):
         """The bound peer answered our RESIZE."""
         raise NotImplementedError
 
+    def wanted(self, link: L) -> int:
+        """Slot bytes that this side, as a bound sender, waits for; 0 for none."""
+        return 0
+
+    def renewed(self, link: L, wanted_bytes: int) -> None:
+        """The bound peer is alive, and as a sender waits for slots of `wanted_bytes` (0: for none)."""
+
     def slot_limit(self, link: L) -> int:
         """The largest payload in bytes that `link` can be resized to."""
         raise NotImplementedError
@@ -322,7 +330,7 @@ class Node(Generic[L]):
             self._links.remove(link)
             self._note_end(link)
             if not self._closing:
-                self._on_control(lambda link=link: self._end_session(link))
+                self._on_control(functools.partial(self._end_session, link))
 
     def _on_control(self, work: Callable[[], None]) -> None:
         """Have the control thread do something, for the errors of which nobody waits here."""
@@ -419,7 +427,7 @@ class Node(Generic[L]):
         if self._forked:
             raise ForkedError(
                 f"this {type(self).__name__} was made by the parent process and can't be used after fork().",
-                fix=f"make a new {type(self).__name__} in the child, or start it with multiprocessing's \"spawn\" method.",
+                fix=f'make a new {type(self).__name__} in the child, or start it with multiprocessing\'s "spawn" method.',
             )
         if self._closing:
             raise ClosedError(f"this {type(self).__name__} is closed.")
@@ -561,7 +569,9 @@ class Node(Generic[L]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if error is None:
             self.close()
             return
@@ -584,5 +594,6 @@ class Node(Generic[L]):
             raise self._losses.popleft()
         if not self._links and not self._servers and not self._opening:
             raise NotConnected(
-                f"this {type(self).__name__} is connected to nobody.", fix="call connect(endpoint) or bind(endpoint) first."
+                f"this {type(self).__name__} is connected to nobody.",
+                fix="call connect(endpoint) or bind(endpoint) first.",
             )

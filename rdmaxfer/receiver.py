@@ -164,23 +164,31 @@ class Receiver(Node[RecvLink]):
             link.collect()
 
     def resize_asked(self, link: RecvLink, wanted_bytes: int) -> None:
-        if link.resizing:
+        if link.session not in self._connections:
+            raise RemoteProtocolError("the sender asked in band for a resize that it should have asked for by RESIZE")
+        link.wanted_bytes = wanted_bytes
+        self._offer_larger(link)
+
+    def _offer_larger(self, link: RecvLink) -> None:
+        """Offer a bound sender the larger slots that it asked for, one ring at a time. With the lock held."""
+        if link.resizing or link.wanted_bytes <= link.slot_bytes:
             return
         link.resizing = True
-        connection = self._connections.get(link.session)
-        if connection is None:
-            raise RemoteProtocolError("the sender asked in band for a resize that it should have asked for by RESIZE")
 
         def grow() -> None:
+            connection = self._connections.get(link.session)
+            if connection is None:
+                return
             try:
-                ring = self.resize(link, wanted_bytes, None)
+                ring = self.resize(link, link.wanted_bytes, None)
             except RdmaxferError as error:
                 log.warning("no room for the larger frames of %s: %s", link.peer, error)
                 with self._cond:
                     link.resizing = False
+                    link.wanted_bytes = 0
                     link.refuse_resize()
                 return
-            connection.request_resize(wanted_bytes, ring)
+            connection.request_resize(ring.slot_bytes, ring)
 
         self._on_control(grow)
 
@@ -233,10 +241,17 @@ class Receiver(Node[RecvLink]):
             return link.make_larger_ring(slot_bytes)
 
     def resize_answered(self, link: RecvLink, answer: Resized | Refuse) -> None:
-        with self._cond:
-            link.resizing = False
         if isinstance(answer, Refuse):
             log.warning("%s refused a larger ring: %s", link.peer, answer.message)
+        with self._cond:
+            link.resizing = False
+            self._offer_larger(link)
+
+    def renewed(self, link: RecvLink, wanted_bytes: int) -> None:
+        with self._cond:
+            if wanted_bytes > link.slot_bytes and not link.resizing:
+                link.wanted_bytes = wanted_bytes
+                self._offer_larger(link)
 
     def slot_limit(self, link: RecvLink) -> int:
         return self._max_frame_bytes

@@ -116,7 +116,9 @@ class RecvRing:
         for full in range(self.epoch, self.spare_epoch + 1):
             if full % EPOCH_MODULUS == epoch:
                 return position, full
-        raise RemoteProtocolError(f"the sender wrote into epoch {epoch}, which is not between {self.epoch} and {self.spare_epoch}")
+        raise RemoteProtocolError(
+            f"the sender wrote into epoch {epoch}; {self.epoch} to {self.spare_epoch} are on offer"
+        )
 
     def release(self, position: int) -> None:
         """The lease on `position` has ended."""
@@ -133,11 +135,7 @@ class RecvRing:
         new = self.released - self.announced
         if new <= 0:
             return False
-        return (
-            4 * new >= self.slots
-            or self.received - self.announced >= self.slots
-            or self.released == self.received
-        )
+        return 4 * new >= self.slots or self.received - self.announced >= self.slots or self.released == self.received
 
     def on_announced(self, released: int) -> None:
         self.announced = released

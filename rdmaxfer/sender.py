@@ -113,9 +113,9 @@ class Sender(Node[SendLink]):
     ) -> int:
         """Send an array to every connected receiver; returns the frame's sequence number.
 
-        `array`: any shape of up to 8 dimensions, any fixed-size numeric, bool, complex, datetime64, timedelta64 or structured dtype, any byte
-        order. It is copied once, into staging memory, unless it is C-contiguous and lies in memory registered by `register`: then
-        the device reads it where it is, and it must not be changed before `flush` has returned.
+        `array`: any shape of up to 8 dimensions, any fixed-size numeric, bool, complex, datetime64, timedelta64 or structured
+        dtype, any byte order. It is copied once, into staging memory, unless it is C-contiguous and lies in memory registered by
+        `register`: then the device reads it where it is, and it must not be changed before `flush` has returned.
         `metadata`: a small mapping (4 KiB as msgpack) that travels along. `captured_ns`: capture time, nanoseconds since 1970.
 
         Waits up to `timeout` seconds (for ever by default) until every receiver has a free slot, and for the first receiver to
@@ -156,8 +156,8 @@ class Sender(Node[SendLink]):
     ) -> Slot:
         """Registered memory to fill in place: `with sender.reserve(shape, dtype) as slot: camera.read_into(slot.array)`.
 
-        Leaving the block pushes the frame, an exception in it discards it. `timeout` (seconds) goes for the wait for memory, and again
-        for the wait for receivers at the end. Raises as `push` does.
+        Leaving the block pushes the frame, an exception in it discards it. `timeout` (seconds) goes for the wait for memory, and
+        again for the wait for receivers at the end. Raises as `push` does.
         """
         kind = frame_type(shape, dtype)
         staging = self._stage(kind, Deadline(timeout))
@@ -182,8 +182,8 @@ class Sender(Node[SendLink]):
     def flush(self, timeout: float | None = None) -> None:
         """Wait until every frame pushed so far has been released by every receiver it went to.
 
-        After it, registered arrays may be changed. Raises TimeoutExpired (it names what is outstanding), PeerLost with the numbers of the
-        frames that a receiver that left had not released.
+        After it, registered arrays may be changed. Raises TimeoutExpired (it names what is outstanding), PeerLost with the numbers
+        of the frames that a receiver that left had not released.
         """
         with self._cond:
             targets = [(link, link.ring.position) for link in self._links]
@@ -407,9 +407,7 @@ class Sender(Node[SendLink]):
         if accept.ring is None or accept.ring.slots != accept.slots:
             raise RemoteProtocolError("the receiver offered no ring, or not the one agreed on")
 
-    def prepare_link(
-        self, link: SendLink, theirs: Any, *, path_mtu: int, max_msg_sz: int, max_slot_bytes: int
-    ) -> None:
+    def prepare_link(self, link: SendLink, theirs: Any, *, path_mtu: int, max_msg_sz: int, max_slot_bytes: int) -> None:
         super().prepare_link(link, theirs, path_mtu=path_mtu, max_msg_sz=max_msg_sz, max_slot_bytes=max_slot_bytes)
         link.max_slot_bytes = max_slot_bytes
 
@@ -443,6 +441,9 @@ class Sender(Node[SendLink]):
                 self._drop_ended()
             self._wake()
 
+    def wanted(self, link: SendLink) -> int:
+        return link.resize_wanted
+
     def slot_limit(self, link: SendLink) -> int:
         return link.max_slot_bytes
 
@@ -462,7 +463,9 @@ class Sender(Node[SendLink]):
                 f"the receiver {link.peer} left before it had released {len(unreleased)} frames.", unreleased=unreleased
             )
         if link.chosen_here:
-            return PeerLost(f"the receiver {link.peer} closed the connection; it has received and released every frame.")
+            return PeerLost(
+                f"the receiver {link.peer} closed the connection; it has received and released every frame."
+            )
         return None
 
     def _say_goodbye(self, deadline: Deadline) -> None:

@@ -15,6 +15,8 @@ from rdmaxfer.errors import FrameError
 from rdmaxfer.memory import Buffer
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from rdmaxfer.fabric.verbs import ProtectionDomain, Region
 
 
@@ -34,7 +36,9 @@ class Source:
         """The local key of this memory in `pd`; registers it there at the first call. Raises MemlockError, VerbsError."""
         region = self._regions.get(pd)
         if region is None:
-            region = self._regions[pd] = pd.register_memory(self.address, self.nbytes, self.keepalive, remote_write=False)
+            region = self._regions[pd] = pd.register_memory(
+                self.address, self.nbytes, self.keepalive, remote_write=False
+            )
         return region.lkey
 
     def unregister(self) -> None:
@@ -119,9 +123,12 @@ class Registration(Source):
     __slots__ = ("_close",)
 
     def __init__(self, array: np.ndarray[Any, Any], close: Callable[[Registration], None]) -> None:
-        low, high = np.lib.array_utils.byte_bounds(array) if hasattr(np.lib, "array_utils") else np.byte_bounds(array)
+        bounds: Any = np.lib.array_utils if hasattr(np.lib, "array_utils") else np  # moved in numpy 2
+        low, high = bounds.byte_bounds(array)
         if high <= low or array.size == 0:
-            raise FrameError("an array without any bytes can't be registered.", fix="register an array that is not empty.")
+            raise FrameError(
+                "an array without any bytes can't be registered.", fix="register an array that is not empty."
+            )
         super().__init__(low, high - low, array)
         self._close = close
 
@@ -135,7 +142,7 @@ class Registration(Source):
         """Wait until no push reads from the memory, then unregister it. Doing it twice is harmless."""
         self._close(self)
 
-    def __enter__(self) -> Registration:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -2,7 +2,7 @@
 # help
 # Runs all tests, also those that need an RDMA device, on a machine that need not have one.
 #
-#   scripts/test.sh [arguments of pytest]
+#   scripts/test.sh [options of pytest]
 #
 #   host    tests/unit and tests/local: no device
 #   device  every test marked "rdma", on a real device of this machine where there is one; else in
@@ -57,8 +57,9 @@ fi
 make_venv test
 
 # Guests can't write into the checkout, so nothing tries to; RDMAXFER_TEST_DEVICE makes a missing device a failure.
-# Not "python -m pytest": that would put the checkout, and so the package as it is not installed, on the path.
-pytest=("$venv/bin/pytest" -p no:cacheprovider)
+# Not "python -m pytest" and not in the checkout: both would put it, and so the package as it is not installed, on the path.
+pytest=("$venv/bin/pytest" -c "$checkout/pyproject.toml" --rootdir "$checkout" -p no:cacheprovider)
+cd "$results"
 arguments=("$@")
 device_tests=("$checkout/tests/device")
 [[ -z $(find "$checkout/tests/faults" -name 'test_*.py' -print -quit 2>/dev/null) ]] || device_tests+=("$checkout/tests/faults")

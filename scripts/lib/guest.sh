@@ -65,7 +65,7 @@ fill_box() {
 # guest_run ENGINE...: runs the engine (which writes to the FIFOs $box/out and $box/err, open as 3 and 4, and leaves the
 # command's exit status in $box/rc) until the limit. Ends the script with the command's exit status.
 guest_run() {
-  local status=0 readers watcher
+  local status=0 readers
   cat "$box/out" & readers=("$!")
   cat "$box/err" >&2 & readers+=("$!")
   "$@" </dev/null >>"$box/log" 2>&1 3<>"$box/out" 4<>"$box/err" &
@@ -76,7 +76,6 @@ guest_run() {
   ) 2>/dev/null & watcher=$!
   wait "$engine" 2>/dev/null || status=$?
   engine=''
-  kill "$watcher" 2>/dev/null || true
   : <>"$box/out" <>"$box/err"   # an engine that never opened them would leave the readers waiting
   wait "${readers[@]}" || true
   if [[ -s $box/rc ]]; then exit "$(tr -dc 0-9 <"$box/rc")"; fi
@@ -91,7 +90,7 @@ guest_run() {
 
 # The box, and everything that runs for it, goes when the script ends, however it ends.
 open_box() {
-  engine=''
+  engine='' watcher=''
   mkdir -p "$1"
   box=$(mktemp -d "$1/run.XXXXXX")
   trap close_box EXIT
@@ -103,5 +102,6 @@ close_box() {
     kill -KILL "$engine" 2>/dev/null || true   # User Mode Linux' other processes go with its first
     wait "$engine" 2>/dev/null || true
   fi
+  [[ -z $watcher ]] || kill "$watcher" 2>/dev/null || true
   rm -rf "$box"
 }

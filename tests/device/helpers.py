@@ -82,3 +82,13 @@ def spawn(code: str, *arguments: str) -> subprocess.Popen[str]:
         text=True,
         cwd=Path(__file__).parent,
     )
+
+
+def rest(process: subprocess.Popen[str], timeout: float = TIMEOUT_S) -> tuple[str, str]:
+    """What the process still prints, to its end. `communicate` would lose what `readline` has read ahead."""
+    assert process.stdout is not None
+    assert process.stderr is not None
+    reading = [Background(process.stdout.read), Background(process.stderr.read)]
+    out, err = (each.result(timeout) for each in reading)
+    process.wait(timeout)
+    return out, err

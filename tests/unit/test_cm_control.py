@@ -37,9 +37,7 @@ PATIENCE_MS = 20_000
 VERBS = m.VerbsAddress(
     device="rxe0", gid=bytes(16), lid=0, qp_num=1, psn=2, link_layer="ethernet", active_mtu=1024, max_msg_sz=1 << 23
 )
-RING = m.RingAddress(
-    address=4096, rkey=7, slots=4, slot_bytes=4096, slot_stride=12288, payload_offset=8192, epoch=0
-)
+RING = m.RingAddress(address=4096, rkey=7, slots=4, slot_bytes=4096, slot_stride=12288, payload_offset=8192, epoch=0)
 
 
 def make_hello(lease_s: float = 10.0) -> m.Hello:
@@ -112,6 +110,9 @@ class Server:
         self.ready_ones.add(session)
         return m.Started(session=session, request=1)
 
+    def wanted(self, session: bytes) -> int:
+        return 0
+
     def resize(self, session: bytes, resize: m.Resize) -> m.Resized | m.Refuse:
         return m.Resized(session=session, request=1, ring=RING)
 
@@ -137,6 +138,9 @@ class Client:
 
     def resized(self, resized: m.Resized | m.Refuse) -> None:
         self.answers.append(resized)
+
+    def renewed(self, wanted_bytes: int) -> None:
+        self.wanted = wanted_bytes
 
     def ended(self, error: RdmaxferError | None) -> None:
         self.ends.append(error)

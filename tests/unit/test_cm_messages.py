@@ -63,7 +63,7 @@ ALL: list[m.Message] = [
     m.Ready(session=SESSION, request=2, ring=RING),
     m.Started(session=SESSION, request=2),
     m.Renew(session=SESSION, request=3),
-    m.Renewed(session=SESSION, request=3),
+    m.Renewed(session=SESSION, request=3, wanted_bytes=1 << 20),
     m.Resize(session=SESSION, request=4, wanted_bytes=1, ring=None),
     m.Resized(session=SESSION, request=4, ring=RING),
     m.Bye(session=SESSION, request=5, reason="done"),

@@ -115,6 +115,9 @@ class Server:
         self.ready_ones.add(session)
         return m.Started(session=session, request=1)
 
+    def wanted(self, session: bytes) -> int:
+        return 0
+
     def resize(self, session: bytes, resize: m.Resize) -> m.Resized | m.Refuse:
         refusal = self._step("resize", resize)
         if refusal is not None:
@@ -154,6 +157,9 @@ class Client:
 
     def resized(self, resized: m.Resized | m.Refuse) -> None:
         self.answers.append(resized)
+
+    def renewed(self, wanted_bytes: int) -> None:
+        self.wanted = wanted_bytes
 
     def ended(self, error: RdmaxferError | None) -> None:
         self.ends.append(error)
@@ -538,7 +544,7 @@ def test_late_replies_are_ignored() -> None:
     client = make_client(handler)
     client.start(0.0)
     for session, request in ((make_hello(2).session, 1), (make_hello().session, 7)):
-        client.on_reply(m.encode(m.Renewed(session=session, request=request)), 0.0)
+        client.on_reply(m.encode(m.Renewed(session=session, request=request, wanted_bytes=0)), 0.0)
     assert client.ignored == 2
     assert client.state is ClientState.HELLO_SENT
     assert handler.ends == []

@@ -18,8 +18,11 @@ CM = Path(rdmaxfer.cm.__file__).parent
 LAYERS = [
     ["rdmaxfer.errors"],
     ["rdmaxfer.inband", "rdmaxfer.memory", "rdmaxfer.cm.messages", "rdmaxfer.cm.endpoint"],
-    ["rdmaxfer.ring", "rdmaxfer.frame", "rdmaxfer.cm.protocol"],
-    ["rdmaxfer.fabric", "rdmaxfer.cm"],
+    ["rdmaxfer.ring", "rdmaxfer.frame", "rdmaxfer.cm.states"],
+    ["rdmaxfer.cm.client_session", "rdmaxfer.cm.server_sessions"],
+    ["rdmaxfer.cm.protocol"],
+    ["rdmaxfer.fabric", "rdmaxfer.cm.client", "rdmaxfer.cm.server", "rdmaxfer.cm.connection"],
+    ["rdmaxfer.cm"],
     ["rdmaxfer.lease", "rdmaxfer.staging"],
     ["rdmaxfer.link"],
     ["rdmaxfer.handshake"],
@@ -28,7 +31,13 @@ LAYERS = [
     ["rdmaxfer"],
     ["rdmaxfer.cli", "rdmaxfer.__main__"],
 ]
-PURE = ["rdmaxfer.ring", "rdmaxfer.frame", "rdmaxfer.inband", "rdmaxfer.cm.protocol", "rdmaxfer.cm.messages", "rdmaxfer.cm.endpoint"]
+PURE = [
+    *("rdmaxfer.ring", "rdmaxfer.frame", "rdmaxfer.inband"),
+    *(
+        "rdmaxfer.cm." + name
+        for name in ("protocol", "messages", "endpoint", "states", "client_session", "server_sessions")
+    ),
+]
 IMPURE = {"zmq", "socket", "time", "threading", "asyncio", "select", "os", "pyverbs"}
 
 
