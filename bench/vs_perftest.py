@@ -5,8 +5,8 @@
 
 Bandwidth: frames pushed in place (from registered memory) to a receiver in another process, against `ib_write_bw`. Latency: a
 frame there and another one back, halved, against `ib_write_lat`. Both use the same device, GID, path MTU and depth, and an equal
-working set: perftest gets one queue pair, and so one buffer, for each of our slots. Every round runs both; medians of the rounds and
-their ratio are printed. Start-up, handshake and a warm-up are not timed.
+working set: perftest gets one queue pair, and so one buffer, for each of our slots. Every round runs both; medians of the
+rounds and their ratio are printed. Start-up, handshake and a warm-up are not timed.
 
 A ratio above 1 means that rdmaxfer is faster. Run it on an otherwise idle machine: absolute figures on a shared one mean nothing.
 """

@@ -140,7 +140,7 @@ class Control:
 
     def end(self, session_id: bytes, reason: str) -> Future[bool]:
         """End a session of a bound endpoint; `gone` is called. The future tells whether there was one."""
-        return self.call(lambda: any([channel.sessions.end(session_id, reason) for channel in self._servers]))
+        return self.call(lambda: any(channel.sessions.end(session_id, reason) for channel in self._servers))
 
     def call(self, fn: Callable[[], T]) -> Future[T]:
         """Run `fn` on the control thread; its result or exception is in the future. Raises ClosedError, ForkedError, or

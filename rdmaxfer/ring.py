@@ -130,8 +130,8 @@ class RecvRing:
             self.released += 1
 
     def credit_due(self) -> bool:
-        """Whether to tell the sender now: a quarter of the ring was released since, or it may be starved, or all it sent is released
-        (so that a waiting `flush` ends)."""
+        """Whether to tell the sender now: a quarter of the ring was released since, or it may be starved, or all it sent is
+        released (so that a waiting `flush` ends)."""
         new = self.released - self.announced
         if new <= 0:
             return False

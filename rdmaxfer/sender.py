@@ -459,9 +459,8 @@ class Sender(Node[SendLink]):
         if error is not None:
             return PeerLost(str(error), unreleased=unreleased)
         if unreleased:
-            return PeerLost(
-                f"the receiver {link.peer} left before it had released {len(unreleased)} frames.", unreleased=unreleased
-            )
+            text = f"the receiver {link.peer} left before it had released {len(unreleased)} of the frames it was sent."
+            return PeerLost(text, unreleased=unreleased)
         if link.chosen_here:
             return PeerLost(
                 f"the receiver {link.peer} closed the connection; it has received and released every frame."

@@ -142,7 +142,7 @@ raise_memlock() {
     return
   fi
   [[ ! -e $limits ]] || return 0
-  if printf '# Made by rdmaxfer: RDMA memory is locked into RAM.\n* soft memlock unlimited\n* hard memlock unlimited\n' | as_root tee "$limits" >/dev/null 2>&1; then
+  if printf '# Made by rdmaxfer: RDMA memory is locked into RAM.\n* - memlock unlimited\nroot - memlock unlimited\n' | as_root tee "$limits" >/dev/null 2>&1; then
     made limits "$limits"
     say "programs may now lock memory without limit: log out and in again for that (now: $(ulimit -l) KiB)"
   else

@@ -233,8 +233,18 @@ with rdmaxfer.Receiver(slots=2) as rx, rdmaxfer.Sender(slots=2) as tx:
             rx.recv().release()
     print("ready", flush=True)
     try:
-        {"recv": rx.recv, "push": lambda: tx.push(np.zeros(3)), "flush": tx.flush,
-         "reserve": lambda: tx.reserve((3,)).commit(), "wait_for_peers": lambda: rx.wait_for_peers(5), "connect": lambda: tx.connect(endpoint, timeout=None)}[what]()
+        if what == "recv":
+            rx.recv()
+        elif what == "push":
+            tx.push(np.zeros(3))
+        elif what == "flush":
+            tx.flush()
+        elif what == "reserve":
+            tx.reserve((3,)).commit()
+        elif what == "wait_for_peers":
+            rx.wait_for_peers(5)
+        else:
+            tx.connect(endpoint, timeout=None)
     except KeyboardInterrupt:
         print("interrupted", flush=True)
     if what != "recv":
