@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Final
 
+from rdmaxfer.cm.latch import Call, Latch
 from rdmaxfer.cm.messages import Accept, Hello, Refuse, Resized, RingAddress
 from rdmaxfer.cm.protocol import ClientHandler, ServerStatistics
 from rdmaxfer.errors import ClosedError, LocalProtocolError, RdmaxferError, TimeoutExpired
@@ -55,7 +53,8 @@ class Connection:
         self._started = False
         self._ended = False
         self._error: RdmaxferError | None = None
-        self._changed = threading.Condition()
+        self._settled = Latch()
+        self._over = Latch()
 
     def __repr__(self) -> str:
         state = "ended" if self._ended else "started" if self._started else "starting"
@@ -68,13 +67,13 @@ class Connection:
     def wait_started(self, timeout_s: float | None = None) -> None:
         """Wait until frames may flow. Raises what ended the connection (Refused, ConnectTimeout, ...), ClosedError if
         this side ended it, or TimeoutExpired."""
-        self._wait(lambda: self._started or self._ended, timeout_s, "the connection was not started")
+        self._wait(self._settled, timeout_s, "the connection was not started")
         if self._ended:
             raise self._error or ClosedError(f"the connection to {self.endpoint} was closed.")
 
-    def request_resize(self, wanted_bytes: int, ring: RingAddress | None) -> Future[None]:
+    def request_resize(self, wanted_bytes: int, ring: RingAddress | None) -> Call[None]:
         """Ask for larger slots, see `ClientSession.request_resize`; from any thread. The answer goes to the handler's
-        `resized`; the future only tells whether the request was valid."""
+        `resized`; the call only tells whether the request was valid."""
         return self._control.call(lambda: self._session_call("resize", wanted_bytes, ring))
 
     def bye(self, reason: str, timeout_s: float = 1.0) -> None:
@@ -82,7 +81,7 @@ class Connection:
         deadline_s = monotonic_s() + timeout_s
         self._control.run(lambda: self._session_call("bye", reason, deadline_s), timeout_s + CALL_TIMEOUT_S)
         if not self._control.is_control_thread:
-            self._wait(lambda: self._ended, timeout_s + CALL_TIMEOUT_S, "the connection did not end")
+            self._wait(self._over, timeout_s + CALL_TIMEOUT_S, "the connection did not end")
 
     def attach(self, channel: ClientChannel) -> None:
         """The session is on its way. On the control thread."""
@@ -97,26 +96,25 @@ class Connection:
         else:
             channel.session.request_resize(args[0], args[1], monotonic_s())
 
-    def _wait(self, ready: Callable[[], bool], timeout_s: float | None, what: str) -> None:
+    def _wait(self, latch: Latch, timeout_s: float | None, what: str) -> None:
         self._control.check_not_control_thread()
         end_s = None if timeout_s is None else monotonic_s() + timeout_s
-        with self._changed:
-            while not ready():
-                self._control.check_alive()
-                left_s = SLICE_S if end_s is None else min(SLICE_S, end_s - monotonic_s())
-                if left_s <= 0:
-                    raise TimeoutExpired(f"{what} within {timeout_s:g} s: {self.endpoint}.")
-                self._changed.wait(left_s)
+        while not latch.is_set:
+            self._control.check_alive()
+            left_s = SLICE_S if end_s is None else min(SLICE_S, end_s - monotonic_s())
+            if left_s <= 0:
+                raise TimeoutExpired(f"{what} within {timeout_s:g} s: {self.endpoint}.")
+            latch.wait(left_s)
 
     def mark(self, *, ended: bool, error: RdmaxferError | None = None) -> None:
         """It has started, or ended: wake who waits for it. On the control thread."""
-        with self._changed:
-            if ended:
-                self._ended = True
-                self._error = error
-            else:
-                self._started = True
-            self._changed.notify_all()
+        if ended:
+            self._ended = True
+            self._error = error
+            self._over.set()
+        else:
+            self._started = True
+        self._settled.set()
 
 
 class Watching:

@@ -13,14 +13,13 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any, Final, TypeVar
 
 import zmq
 
 from rdmaxfer.cm.client import ClientChannel
 from rdmaxfer.cm.connection import CALL_TIMEOUT_S, SLICE_S, BoundServer, Connection, Watching, monotonic_s
+from rdmaxfer.cm.latch import Call
 from rdmaxfer.cm.messages import Hello
 from rdmaxfer.cm.protocol import ClientHandler, ServerHandler
 from rdmaxfer.cm.server import ServerChannel
@@ -53,7 +52,7 @@ class Control:
         self._on_failure = on_failure
         self._pid = os.getpid()
         self._lock = threading.Lock()
-        self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._calls: deque[Call[Any]] = deque()
         self._open = True
         """Whether calls are taken. Changes, like the use of `_wake_fd`, with the lock held."""
         self._failure: BaseException | None = None
@@ -138,21 +137,21 @@ class Control:
 
         return self.run(connect)
 
-    def end(self, session_id: bytes, reason: str) -> Future[bool]:
-        """End a session of a bound endpoint; `gone` is called. The future tells whether there was one."""
+    def end(self, session_id: bytes, reason: str) -> Call[bool]:
+        """End a session of a bound endpoint; `gone` is called. The result tells whether there was one."""
         return self.call(lambda: any(channel.sessions.end(session_id, reason) for channel in self._servers))
 
-    def call(self, fn: Callable[[], T]) -> Future[T]:
-        """Run `fn` on the control thread; its result or exception is in the future. Raises ClosedError, ForkedError, or
+    def call(self, fn: Callable[[], T]) -> Call[T]:
+        """Run `fn` on the control thread; what it returns or raises is kept for who asks. Raises ClosedError, ForkedError, or
         the reason why the control thread died."""
-        future: Future[T] = Future()
+        call = Call(fn)
         self._check_pid()
         with self._lock:
             if not self._open:
                 raise self._gone_error()
-            self._calls.append((fn, future))
+            self._calls.append(call)
             os.eventfd_write(self._wake_fd, 1)
-        return future
+        return call
 
     def call_later(self, delay_s: float, fn: Callable[[], object]) -> Later:
         """Run `fn` on the control thread in `delay_s` seconds, unless it closes or dies before. What `fn` raises is a
@@ -177,21 +176,16 @@ class Control:
             if not self._open:
                 raise self._gone_error()
             return fn()
-        future = self.call(fn)
+        call = self.call(fn)
         end_s = monotonic_s() + timeout_s
         try:
-            while True:
-                left_s = min(SLICE_S, end_s - monotonic_s())
-                if left_s <= 0:
+            while not call.wait(max(0.0, min(SLICE_S, end_s - monotonic_s()))):
+                if monotonic_s() >= end_s:
                     text = f"the control thread of {self._name} was busy for more than {timeout_s:g} s."
                     raise TimeoutExpired(text, fix="registering very large rings takes long: make them smaller.")
-                try:
-                    return future.result(left_s)
-                except (TimeoutError, FutureTimeoutError):  # two classes before Python 3.11
-                    if future.done():
-                        raise  # it was `fn` that raised it
         finally:
-            future.cancel()
+            call.cancel()
+        return call.result()
 
     def check_not_control_thread(self) -> None:
         """Raises LocalProtocolError on the control thread, which can't wait for itself."""
@@ -297,15 +291,7 @@ class Control:
     def _run_calls(self) -> None:
         # Only what is there now: calls that beget calls must not keep the loop from its sockets.
         for _ in range(len(self._calls)):
-            fn, future = self._calls.popleft()
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                result = fn()
-            except Exception as error:
-                future.set_exception(error)
-            else:
-                future.set_result(result)
+            self._calls.popleft().run()
 
     def _run_later(self) -> None:
         while self._later and self._later[0][0] <= monotonic_s():
@@ -352,9 +338,8 @@ class Control:
         self._servers.clear()
         self._clients.clear()
         self._later.clear()
-        for _, future in calls:
-            if future.set_running_or_notify_cancel():
-                future.set_exception(self._gone_error())
+        for call in calls:
+            call.fail(self._gone_error())
         self._context.destroy(linger=0)
         if errors:
             raise errors[0]

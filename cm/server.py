@@ -82,9 +82,11 @@ class ServerChannel:
 
 
 def _open(parts: list[Any]) -> tuple[list[bytes], bytes]:
-    """A request's envelope (the requester, REQ's correlation number, an empty part), and its body; b"" if it is no request."""
-    if 3 <= len(parts) <= 4 and not len(parts[-2]):
-        return [part.bytes for part in parts[:-1]], parts[-1].bytes
+    """A request's envelope (the requester, perhaps REQ's correlation number, an empty part), and its body; b"" if it is not a
+    request of one part, which is then refused as malformed."""
+    for end in (2, 3):
+        if len(parts) >= end and not len(parts[end - 1]):
+            return [part.bytes for part in parts[:end]], parts[end].bytes if len(parts) == end + 1 else b""
     return [parts[0].bytes, b""], b""
 
 

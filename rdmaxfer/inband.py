@@ -4,9 +4,10 @@ Pure. Two formats, one for each direction:
 
 sender -> receiver, the immediate of a WRITE_WITH_IMM:
 
-    bits 31..30  kind: FRAME, RESIZE_WANTED, BYE
+    bits 31..30  kind: CREDIT_WANTED, FRAME, RESIZE_WANTED, BYE
     FRAME          bits 29..24 the ring's epoch mod 64; 23..16 header length in units of 64 bytes; 15..0 slot
     RESIZE_WANTED  bits 23..0  payload bytes wanted in a slot, in units of 4096
+    CREDIT_WANTED  the rest is 1: the sender waits in `flush`, tell it of every slot released, at once
     BYE            the rest is 0
 
 receiver -> sender, the payload of an inline SEND, little-endian: kind (1 byte), 7 zero bytes, value (8 bytes):
@@ -35,6 +36,7 @@ _MESSAGE = struct.Struct("<B7xQ")
 
 
 class ImmKind(enum.IntEnum):
+    CREDIT_WANTED = 0
     FRAME = 1
     RESIZE_WANTED = 2
     BYE = 3
@@ -72,6 +74,10 @@ def pack_resize_imm(wanted_bytes: int) -> int:
     return (ImmKind.RESIZE_WANTED << 30) | units
 
 
+def pack_credit_imm() -> int:
+    return (ImmKind.CREDIT_WANTED << 30) | 1
+
+
 def pack_bye_imm() -> int:
     return ImmKind.BYE << 30
 
@@ -85,6 +91,8 @@ def unpack_imm(imm: int) -> Imm:
         return Imm(ImmKind.RESIZE_WANTED, wanted_bytes=(imm & 0xFFFFFF) * RESIZE_UNIT)
     if kind == ImmKind.BYE and not imm & 0x3FFFFFFF:
         return Imm(ImmKind.BYE)
+    if imm == pack_credit_imm():
+        return Imm(ImmKind.CREDIT_WANTED)
     raise RemoteProtocolError(f"the peer sent an immediate of no known kind: {imm:#010x}")
 
 

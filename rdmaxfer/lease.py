@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from rdmaxfer.link import RecvLink
     from rdmaxfer.sender import Sender
-    from rdmaxfer.staging import StagingSlot
+    from rdmaxfer.staging import Holder, StagingSlot
 
 
 class Frame:
@@ -96,8 +96,8 @@ class Frame:
     def release(self) -> None:
         """Give the slot back to the sender. Doing it twice is harmless."""
         if self._array is not None:
-            self._array = None
             self._end()
+            self._array = None
 
     def __enter__(self) -> Self:
         return self
@@ -125,8 +125,8 @@ class FrameLease:
         return frame
 
     def _released(self) -> None:
-        self._watch = None
         self._link.release(self)
+        self._watch = None
 
     def _collected(self, _: object) -> None:
         # May run in any thread, at any bytecode, even with the receiver's lock held: leave a note, take no lock.
@@ -147,18 +147,20 @@ class Slot:
     Leaving its `with` block pushes the frame; an exception in the block discards it.
     """
 
-    __slots__ = ("_array", "_sender", "_staging", "_timeout", "captured_ns", "metadata", "seq")
+    __slots__ = ("_array", "_holder", "_sender", "_staging", "_timeout", "captured_ns", "metadata", "seq")
 
     def __init__(
         self,
         sender: Sender,
         staging: StagingSlot,
+        holder: Holder,
         array: np.ndarray[Any, Any],
         metadata: Mapping[str, Any] | None,
         timeout: float | None,
     ) -> None:
         self._sender = sender
         self._staging: StagingSlot | None = staging
+        self._holder = holder  # a slot that is forgotten takes it along, and so its memory is free again
         self._array = array
         self._timeout = timeout
         self.metadata = metadata
@@ -203,12 +205,6 @@ class Slot:
         staging, self._staging = self._staging, None
         if staging is not None:
             self._sender._discard_staged(staging)
-
-    def __del__(self) -> None:
-        # A forgotten slot goes back to the sender. As with frames: leave a note, take no lock.
-        staging = getattr(self, "_staging", None)
-        if staging is not None:
-            self._sender._abandoned.append(staging)
 
     def __enter__(self) -> Self:
         return self

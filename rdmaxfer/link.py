@@ -157,6 +157,7 @@ class SendLink(Link):
         self.resize_wanted = 0
         """Slot bytes asked for and not yet granted; 0 when no resize is under way."""
         self.resize_error: RdmaxferError | None = None
+        self._credit_asked_at = 0
         self.credits_received = 0
         self.said_bye = False
         self._headers = Buffer(0)
@@ -169,6 +170,8 @@ class SendLink(Link):
         self._posted = 0
         self._completed = 0
         self._recvs_due: list[int] = []
+        self.latest_seq = -1
+        """Sequence number of the latest frame written."""
         self.seqs: deque[int] = deque()
         """Sequence numbers of frames written and not yet released, oldest first."""
 
@@ -243,8 +246,11 @@ class SendLink(Link):
                 metadata=metadata,
             )
             signaled = self._record(self.endpoint.wr_count(header_bytes + kind.payload_bytes), position, source)
-            self.seqs.append(seq)
+            if not self.seqs or self.seqs[-1] != seq:
+                self.seqs.append(seq)
+            imm = inband.pack_frame_imm(remote.epoch, header_bytes, slot)
             ring.take()
+            self.latest_seq = seq
             self.endpoint.write(
                 self._headers.address + end - header_bytes,
                 header_bytes,
@@ -254,7 +260,7 @@ class SendLink(Link):
                 lkey,
                 remote.address + slot * remote.slot_stride + framing.HEADER_ROOM - header_bytes,
                 remote.rkey,
-                inband.pack_frame_imm(remote.epoch, header_bytes, slot),
+                imm,
                 self._posted,
                 signaled,
             )
@@ -263,6 +269,7 @@ class SendLink(Link):
         except BaseException:
             if not self.endpoint.last_posted:
                 ring.position = position
+                self.latest_seq = -1
             raise
 
     def _record(self, wrs: int, position: int, source: Source | None, *, signaled: bool = False) -> bool:
@@ -270,9 +277,11 @@ class SendLink(Link):
         unsignalled = self._unsignalled + wrs
         if not signaled:
             signaled = (position + 1) % self._quarter == 0 or unsignalled * 4 >= self._depth
+        posted = _Posted(self._posted + wrs, position, source)
+        self._in_flight.append(posted)
         if source is not None:
             source.in_flight += 1
-        self._in_flight.append(_Posted(self._posted + wrs, position, source))
+            posted.counted = True
         self._unsignalled = 0 if signaled else unsignalled
         self._posted += wrs
         return signaled
@@ -288,6 +297,11 @@ class SendLink(Link):
                 self.endpoint.write_empty(self._posted)
             except RdmaxferError as error:
                 self._broke(error)
+
+    def ask_credit(self) -> None:
+        """Ask the receiver to tell at once what it releases, rather than to wait until a quarter of the ring has come together."""
+        if self._credit_asked_at != self.ring.position and self.live and self._write_imm(inband.pack_credit_imm()):
+            self._credit_asked_at = self.ring.position
 
     def ask_resize(self, nbytes: int) -> bool:
         """Ask the receiver, in band, for larger slots (it answers with RESIZE on its control socket). False: no room now."""
@@ -366,17 +380,22 @@ class SendLink(Link):
 class _Posted:
     """Work requests that were posted and not yet seen completed: up to which ordinal, which frame (-1: none), what they read."""
 
-    __slots__ = ("ordinal", "position", "source")
+    __slots__ = ("counted", "ordinal", "position", "source")
 
     def __init__(self, ordinal: int, position: int, source: Source | None) -> None:
         self.ordinal = ordinal
         self.position = position
         self.source = source
+        self.counted = False
+        """Whether `source.in_flight` counts this."""
 
     def finish(self) -> None:
-        source, self.source = self.source, None
-        if source is not None:
-            source.finished()
+        source = self.source
+        if source is not None and self.counted:
+            self.counted = False
+            source.in_flight -= 1
+            if not source.in_flight:
+                source.idle()
 
 
 class _RingMemory:
@@ -427,6 +446,10 @@ class RecvLink(Link):
         self._sent_completed = 0
         self._consumed = 0
         self._reposted = 0
+        self._repost_due = False
+        self._credit_asked = -1
+        """The count of frames received when the sender asked for credit; -1: it has not."""
+        self._credit_seen = 0
         owned.callback(self._unregister)
 
     def make_ring(self, slots: int, slot_bytes: int) -> RingAddress:
@@ -473,10 +496,30 @@ class RecvLink(Link):
             return
         if imm.kind is inband.ImmKind.BYE:
             self.end()
+        elif imm.kind is inband.ImmKind.CREDIT_WANTED:
+            self._credit_asked = self.ring.received
         else:
             self._inbox.resize_asked(self, imm.wanted_bytes)
         self._consumed += 1
+        self._repost_due = True
         self._handled = tag
+        if imm.kind is inband.ImmKind.CREDIT_WANTED:
+            self.give_credit()
+
+    def after_poll(self) -> None:
+        # Receives that frames took are posted again along with their credit; those of other messages have none to wait for.
+        if self._repost_due:
+            self._repost_due = False
+            try:
+                self._repost()
+            except RdmaxferError as error:
+                self.fail(error)
+
+    def _repost(self) -> None:
+        due = self._consumed - self._reposted
+        if due:
+            self._reposted += due
+            self.endpoint.repost_recv([0] * due)
 
     def _on_frame(self, imm: inband.Imm, tag: tuple[int, int]) -> None:
         position, epoch = self.ring.check_frame(imm.epoch, imm.slot)
@@ -511,13 +554,11 @@ class RecvLink(Link):
 
     def finish(self, lease: FrameLease) -> None:
         """Give a leased slot back, and credit where it is due. With the receiver's lock held."""
-        if self.leases.get(lease.position) is not lease:
-            return
-        del self.leases[lease.position]
-        if self.torn_down:
-            return
-        self.ring.release(lease.position)
-        self.give_credit()
+        if self.leases.get(lease.position) is lease:
+            self.ring.release(lease.position)
+            if not self.torn_down:
+                self.give_credit()
+            self.leases.pop(lease.position, None)
 
     def collect(self) -> None:
         """Give back the slots of frames that were dropped without a release."""
@@ -525,9 +566,20 @@ class RecvLink(Link):
             self.finish(self.abandoned.popleft())
 
     def give_credit(self) -> None:
-        if not self.ring.credit_due() or not self.live:
-            return
-        self._send(inband.MessageKind.CREDIT, self.ring.released)
+        if self.ring.credit_due(asked=self.ring.announced < self._credit_asked) and self.live:
+            self._send(inband.MessageKind.CREDIT, self.ring.released)
+
+    @property
+    def credit_kept(self) -> bool:
+        """Whether slots were released that the sender was not told of, because they are few."""
+        return self.live and self.ring.released > self.ring.announced
+
+    def give_kept_credit(self) -> None:
+        """Tell the sender what has been kept from it for a while, so that its `flush` also ends if nobody polls here."""
+        if self.credit_kept:
+            if self.ring.released == self._credit_seen:
+                self._send(inband.MessageKind.CREDIT, self.ring.released)
+            self._credit_seen = self.ring.released
 
     def say_bye(self) -> None:
         """Tell the sender that this receiver leaves, and what it has released."""
@@ -543,10 +595,7 @@ class RecvLink(Link):
         if self._sent - self._sent_completed >= self._depth:
             return  # tried again when a completion has made room
         try:
-            due = self._consumed - self._reposted
-            if due:  # receives first: credit promises that there is one for every frame
-                self._reposted += due
-                self.endpoint.repost_recv([0] * due)
+            self._repost()  # before the credit, which promises that there is a receive for every frame
             self._unsignalled += 1
             self._sent += 1
             signaled = kind is not inband.MessageKind.CREDIT or self._unsignalled * 4 >= self._depth

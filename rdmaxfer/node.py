@@ -132,6 +132,7 @@ class Node(Generic[L]):
         self.lease_s = lease_s
         self.name = f"{socket.gethostname()}/{os.getpid()}"[:128]
 
+        # Taken by `with self._lock`, in C. Not by `with self._cond`, which is Python: Ctrl-C in between would leave it locked.
         self._lock = threading.RLock()
         self._cond = threading.Condition(self._lock)
         self._links: list[L] = []
@@ -207,13 +208,13 @@ class Node(Generic[L]):
     def _get_control(self) -> Control:
         from rdmaxfer.cm.control import Control
 
-        with self._cond:
+        with self._lock:
             if self._control is None:
                 self._control = Control(self.name, self.control_failed)
             return self._control
 
     def control_failed(self, error: BaseException) -> None:
-        with self._cond:
+        with self._lock:
             self._failure = error
             self._wake()
 
@@ -221,7 +222,7 @@ class Node(Generic[L]):
         from rdmaxfer.fabric.poller import Poller
         from rdmaxfer.fabric.verbs import Domain
 
-        with self._cond:
+        with self._lock:
             if self._poller is None:
                 self._poller = Poller()
             domain = self._domains.get(route.device)
@@ -253,7 +254,7 @@ class Node(Generic[L]):
             link = self._make_link(session, peer, domain, route, stack)
             link.reason = route.reason
             stack.pop_all()  # the link owns it all from here on
-        with self._cond:
+        with self._lock:
             self._opening[session] = link
         return link
 
@@ -272,7 +273,7 @@ class Node(Generic[L]):
 
     def activate(self, link: L) -> None:
         """Both sides are ready: frames may flow."""
-        with self._cond:
+        with self._lock:
             self._opening.pop(link.session, None)
             if link.state is LinkState.OPENING and not self._closing:
                 link.state = LinkState.READY
@@ -380,7 +381,7 @@ class Node(Generic[L]):
         """On the control thread: the control plane says that the peer is gone. `error` is None for a goodbye."""
         if error is None:
             self._await_bye(link)
-        with self._cond:
+        with self._lock:
             self._poll()  # what arrived before the end is not lost
             self._opening.pop(link.session, None)
             self._connections.pop(link.session, None)
@@ -402,13 +403,13 @@ class Node(Generic[L]):
 
     def retire(self, link: L) -> None:
         """Destroy a link that nobody uses any more. Not with the lock held."""
-        with self._cond:
+        with self._lock:
             self._opening.pop(link.session, None)
             if link in self._links:
                 self._links.remove(link)
             while self._leader and link in self._polled:
                 self._wake()
-                self._cond.wait(SLICE_S)
+                self._follow(SLICE_S)
             if self._poller is not None:
                 self._dispatch(self._poller)
             link.teardown(TEARDOWN_S)
@@ -472,7 +473,7 @@ class Node(Generic[L]):
 
     def _wait(self, ready: Callable[[], T | None], deadline: Deadline, what: str) -> T:
         """Poll and wait until `ready()`, called with the lock held, gives something. Raises TimeoutExpired, ClosedError..."""
-        with self._cond:
+        with self._lock:
             return self._wait_locked(ready, deadline, what)
 
     def _wait_locked(self, ready: Callable[[], T | None], deadline: Deadline, what: str) -> T:
@@ -486,11 +487,7 @@ class Node(Generic[L]):
             if sleep_s <= 0:
                 raise TimeoutExpired(f"{what} took longer than the timeout.")
             if self._leader or not self._links or self._poller is None:
-                self._followers += 1
-                try:
-                    self._cond.wait(sleep_s)
-                finally:
-                    self._followers -= 1
+                self._follow(sleep_s)
             else:
                 self._lead(self._poller, sleep_s)
 
@@ -499,8 +496,8 @@ class Node(Generic[L]):
         self._watch(poller)
         self._leader = True
         try:
-            self._lock.release()
             try:
+                self._lock.release()
                 poller.wait(self._spin_s, sleep_s)
             finally:
                 self._acquire()
@@ -510,8 +507,17 @@ class Node(Generic[L]):
                 self._cond.notify_all()
         self._dispatch(poller)
 
+    def _follow(self, sleep_s: float) -> None:
+        """Wait until somebody else has seen something change."""
+        self._followers += 1
+        try:
+            self._cond.wait(sleep_s)
+        finally:
+            self._followers -= 1
+            self._acquire()
+
     def _acquire(self) -> None:
-        # Ctrl-C while waiting for the lock must neither leave without it nor take it twice.
+        """Take the lock, if Ctrl-C has come between losing it and getting it back. Neither leave without it nor take it twice."""
         interrupt: KeyboardInterrupt | None = None
         while not self._lock._is_owned():  # type: ignore[attr-defined]  # what threading.Condition itself uses
             try:
@@ -532,14 +538,14 @@ class Node(Generic[L]):
         if self._forked:
             return
         deadline = Deadline(timeout)
-        with self._cond:
+        with self._lock:
             if self._closed:
                 return
             self._closed = True
         try:
             self._say_goodbye(deadline)
         finally:
-            with self._cond:
+            with self._lock:
                 self._closing = True
                 self._wake()
                 self._cond.notify_all()

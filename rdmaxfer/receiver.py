@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from collections import deque
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from rdmaxfer.fabric.verbs import Domain
 
 log = logging.getLogger("rdmaxfer")
+
+CREDIT_S = 0.01
+"""How long credit for a few slots is kept back, at the least, when the sender has not asked for it."""
 
 MAX_OFFERS = 2
 """Larger rings a sender may have asked for without using any: more would be memory for nothing."""
@@ -97,6 +101,7 @@ class Receiver(Node[RecvLink]):
         self._writes_before = 0
         self._credits_before = 0
         self._resizes = 0
+        self._ticking = False
 
     # --- receiving -----------------------------------------------------------------------------------------------------
 
@@ -126,6 +131,8 @@ class Receiver(Node[RecvLink]):
         for link in self._links:
             if link.abandoned:
                 link.collect()
+                if link.credit_kept and not self._ticking:
+                    self._tick_later()
         if self._ready:
             return self._ready.popleft()[1]
         if self._ends and not self._links and not self._servers and not self._opening and not self._losses:
@@ -135,7 +142,7 @@ class Receiver(Node[RecvLink]):
 
     def statistics(self) -> ReceiverStatistics:
         """A snapshot of the counters."""
-        with self._cond:
+        with self._lock:
             return ReceiverStatistics(
                 peers=len(self._links),
                 peers_lost=self._peers_lost,
@@ -159,9 +166,28 @@ class Receiver(Node[RecvLink]):
     def release(self, link: RecvLink, lease: FrameLease) -> None:
         if self._forked:
             return
-        with self._cond:
+        with self._lock:
             link.finish(lease)
-            link.collect()
+            if link.abandoned:
+                link.collect()
+            if link.credit_kept and not self._ticking:
+                self._tick_later()
+
+    def _tick_later(self) -> None:
+        """See to it that credit is not kept for long. With the lock held."""
+        if self._control is not None and not self._closing:
+            with contextlib.suppress(ClosedError):
+                self._control.call_later(CREDIT_S, self._tick)
+                self._ticking = True
+
+    def _tick(self) -> None:
+        with self._lock:
+            self._ticking = False
+            for link in self._links:
+                link.collect()
+                link.give_kept_credit()
+            if any(link.credit_kept for link in self._links):
+                self._tick_later()
 
     def resize_asked(self, link: RecvLink, wanted_bytes: int) -> None:
         if link.session not in self._connections:
@@ -183,7 +209,7 @@ class Receiver(Node[RecvLink]):
                 ring = self.resize(link, link.wanted_bytes, None)
             except RdmaxferError as error:
                 log.warning("no room for the larger frames of %s: %s", link.peer, error)
-                with self._cond:
+                with self._lock:
                     link.resizing = False
                     link.wanted_bytes = 0
                     link.refuse_resize()
@@ -232,7 +258,7 @@ class Receiver(Node[RecvLink]):
                 f"a frame of {wanted_bytes} bytes is above this receiver's limit of {self._max_frame_bytes}.",
                 fix=f"Receiver(max_frame_bytes={wanted_bytes}) at the receiving end.",
             )
-        with self._cond:
+        with self._lock:
             if link.offers_open >= MAX_OFFERS:
                 raise RemoteProtocolError("the sender asks for one larger ring after another and uses none")
             # A little more than asked for, so that frames that grow slowly don't need a new ring each.
@@ -243,12 +269,12 @@ class Receiver(Node[RecvLink]):
     def resize_answered(self, link: RecvLink, answer: Resized | Refuse) -> None:
         if isinstance(answer, Refuse):
             log.warning("%s refused a larger ring: %s", link.peer, answer.message)
-        with self._cond:
+        with self._lock:
             link.resizing = False
             self._offer_larger(link)
 
     def renewed(self, link: RecvLink, wanted_bytes: int) -> None:
-        with self._cond:
+        with self._lock:
             if wanted_bytes > link.slot_bytes and not link.resizing:
                 link.wanted_bytes = wanted_bytes
                 self._offer_larger(link)
@@ -267,7 +293,7 @@ class Receiver(Node[RecvLink]):
         self._draining = [other for other in self._draining if other.leases]
 
     def _say_goodbye(self, deadline: Deadline) -> None:
-        with self._cond:
+        with self._lock:
             for link in self._links:
                 link.say_bye()
             for link in [*self._links, *self._draining, *self._opening.values()]:

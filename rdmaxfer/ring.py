@@ -121,21 +121,19 @@ class RecvRing:
         )
 
     def release(self, position: int) -> None:
-        """The lease on `position` has ended."""
-        if not self.released <= position < self.received or self._done[position % self.slots]:
+        """The lease on `position` has ended. Repeating it changes nothing."""
+        if position >= self.received:
             raise LocalProtocolError(f"position {position} is not leased")
-        self._done[position % self.slots] = 1
+        if position >= self.released:
+            self._done[position % self.slots] = 1
         while self.released < self.received and self._done[self.released % self.slots]:
             self._done[self.released % self.slots] = 0
             self.released += 1
 
-    def credit_due(self) -> bool:
-        """Whether to tell the sender now: a quarter of the ring was released since, or it may be starved, or all it sent is
-        released (so that a waiting `flush` ends)."""
+    def credit_due(self, *, asked: bool = False) -> bool:
+        """Whether to tell the sender now: a quarter of the ring was released since, or it may be starved, or it has asked."""
         new = self.released - self.announced
-        if new <= 0:
-            return False
-        return 4 * new >= self.slots or self.received - self.announced >= self.slots or self.released == self.received
+        return new > 0 and (4 * new >= self.slots or self.received - self.announced >= self.slots or asked)
 
     def on_announced(self, released: int) -> None:
         self.announced = released

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections import deque
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from rdmaxfer.inband import MESSAGE_BYTES
 from rdmaxfer.lease import Slot
 from rdmaxfer.link import SendLink, recv_depth, send_depth
 from rdmaxfer.node import Deadline, Node
-from rdmaxfer.staging import Registration, Source, StagingPool, StagingSlot
+from rdmaxfer.staging import Holder, Registration, Source, StagingPool, StagingSlot
 
 if TYPE_CHECKING:
     from rdmaxfer.fabric.devices import Route
@@ -93,7 +92,6 @@ class Sender(Node[SendLink]):
         self._pool = StagingPool(slots)
         self._pds: dict[str, ProtectionDomain] = {}
         self._registrations: list[Registration] = []
-        self._abandoned: deque[StagingSlot] = deque()
         self._seq = 0
         self._bytes = 0
         self._copied = 0
@@ -128,7 +126,7 @@ class Sender(Node[SendLink]):
         deadline = Deadline(timeout)
         if self._registrations and data.flags.c_contiguous and data.nbytes:
             address = data.__array_interface__["data"][0]
-            with self._cond:
+            with self._lock:
                 source = self._registered(address, data.nbytes)
                 if source is not None:
                     source.in_flight += 1  # keeps it registered while we wait
@@ -136,10 +134,11 @@ class Sender(Node[SendLink]):
                         return self._push(kind, source, address, packed, captured_ns or 0, deadline)
                     finally:
                         source.in_flight -= 1
-        staging = self._stage(kind, deadline)
+        holder = Holder()
+        staging = self._stage(kind, holder, deadline)
         try:
             _copy(data, staging)
-            with self._cond:
+            with self._lock:
                 seq = self._push(kind, staging, staging.address, packed, captured_ns or 0, deadline)
                 self._copied += 1
                 return seq
@@ -160,8 +159,11 @@ class Sender(Node[SendLink]):
         again for the wait for receivers at the end. Raises as `push` does.
         """
         kind = frame_type(shape, dtype)
-        staging = self._stage(kind, Deadline(timeout))
-        return Slot(self, staging, staging.buffer.array(0, kind.shape, kind.dtype, writable=True), metadata, timeout)
+        holder = Holder()
+        staging = self._stage(kind, holder, Deadline(timeout))
+        return Slot(
+            self, staging, holder, staging.buffer.array(0, kind.shape, kind.dtype, writable=True), metadata, timeout
+        )
 
     def register(self, array: npt.NDArray[Any]) -> Registration:
         """Register an array's memory with the device, so that pushes of it, or of any C-contiguous view of it, copy nothing.
@@ -172,7 +174,7 @@ class Sender(Node[SendLink]):
         if not isinstance(array, np.ndarray):
             raise TypeError(f"register() takes a numpy array, not {type(array).__name__}")
         registration = Registration(array, self._unregister)
-        with self._cond:
+        with self._lock:
             self._check_usable()
             for pd in self._pds.values():
                 registration.lkey(pd)
@@ -185,7 +187,7 @@ class Sender(Node[SendLink]):
         After it, registered arrays may be changed. Raises TimeoutExpired (it names what is outstanding), PeerLost with the numbers
         of the frames that a receiver that left had not released.
         """
-        with self._cond:
+        with self._lock:
             targets = [(link, link.ring.position) for link in self._links]
 
             def released() -> bool | None:
@@ -193,6 +195,7 @@ class Sender(Node[SendLink]):
                     if not link.live:
                         continue
                     if link.ring.released < position:
+                        link.ask_credit()
                         return None
                     if link.ring.completed < position:
                         link.fence()
@@ -219,7 +222,7 @@ class Sender(Node[SendLink]):
 
     def statistics(self) -> SenderStatistics:
         """A snapshot of the counters."""
-        with self._cond:
+        with self._lock:
             return SenderStatistics(
                 peers=len(self._links),
                 peers_lost=self._peers_lost,
@@ -234,25 +237,23 @@ class Sender(Node[SendLink]):
 
     # --- how a frame goes out ------------------------------------------------------------------------------------------
 
-    def _stage(self, kind: FrameType, deadline: Deadline) -> StagingSlot:
+    def _stage(self, kind: FrameType, holder: Holder, deadline: Deadline) -> StagingSlot:
         """A free staging slot, large enough."""
-        with self._cond:
+        with self._lock:
             self._check_usable()
             self._check_size(kind.payload_bytes)
-            staging = self._free_slot(kind.payload_bytes)
+            staging = self._free_slot(kind.payload_bytes, holder)
             if staging is None:
                 self._waits += 1
                 staging = self._wait_locked(
-                    lambda: self._free_slot(kind.payload_bytes),
+                    lambda: self._free_slot(kind.payload_bytes, holder),
                     deadline,
                     "waiting for staging memory (all slots hold frames on their way, or are reserved)",
                 )
             return staging
 
-    def _free_slot(self, nbytes: int) -> StagingSlot | None:
-        while self._abandoned:
-            self._abandoned.popleft().unlease()
-        staging = self._pool.take(nbytes)
+    def _free_slot(self, nbytes: int, holder: Holder) -> StagingSlot | None:
+        staging = self._pool.take(nbytes, holder)
         if staging is None:
             for link in self._links:
                 link.fence()
@@ -275,15 +276,14 @@ class Sender(Node[SendLink]):
     ) -> int:
         kind = frame_type(array.shape, array.dtype)
         packed = encode_metadata(metadata) if metadata else b""
-        with self._cond:
+        with self._lock:
             seq = self._push(kind, staging, staging.address, packed, captured_ns, Deadline(timeout))
-            staging.unlease()
+            staging.let_go()
             return seq
 
     def _discard_staged(self, staging: StagingSlot) -> None:
-        with self._cond:
-            if staging.leased:
-                staging.unlease()
+        with self._lock:
+            staging.let_go()
 
     def _push(
         self, kind: FrameType, source: Source, address: int, metadata: bytes, captured_ns: int, deadline: Deadline
@@ -298,16 +298,24 @@ class Sender(Node[SendLink]):
         seq = self._seq
         pushed_ns = time.time_ns()
         interrupt: KeyboardInterrupt | None = None
-        for link in self._links:
-            before = link.ring.position
-            while link.live and link.ring.position == before:
-                try:
-                    link.push(
-                        kind, source, address, seq=seq, captured_ns=captured_ns, pushed_ns=pushed_ns, metadata=metadata
-                    )
-                except KeyboardInterrupt as error:  # finish what was begun: all receivers get the frame, or none
-                    interrupt = error
-        self._seq = seq + 1
+        done = False
+        while not done:
+            try:
+                self._seq = seq + 1
+                for link in self._links:
+                    if link.latest_seq != seq and link.live:
+                        link.push(
+                            kind,
+                            source,
+                            address,
+                            seq=seq,
+                            captured_ns=captured_ns,
+                            pushed_ns=pushed_ns,
+                            metadata=metadata,
+                        )
+                done = True
+            except KeyboardInterrupt as error:  # finish what was begun: all receivers get the frame, or none
+                interrupt = error
         self._bytes += kind.payload_bytes
         if any(not link.live for link in self._links):
             self._drop_ended()
@@ -359,7 +367,7 @@ class Sender(Node[SendLink]):
         self._resizes += 1
 
     def _unregister(self, registration: Registration) -> None:
-        with self._cond:
+        with self._lock:
             if registration not in self._registrations:
                 return
 
@@ -379,7 +387,7 @@ class Sender(Node[SendLink]):
     def _make_link(self, session: bytes, peer: str, domain: Domain, route: Route, owned: ExitStack) -> SendLink:
         from rdmaxfer.fabric.verbs import Endpoint
 
-        with self._cond:
+        with self._lock:
             pd = self._pds.get(route.device)
             if pd is None:
                 pd = self._pds[route.device] = domain.protection_domain()
@@ -417,16 +425,16 @@ class Sender(Node[SendLink]):
     def use_ring(self, link: SendLink, ring: RingAddress | None) -> None:
         if ring is None:
             raise RemoteProtocolError("the receiver offered no ring")
-        with self._cond:
+        with self._lock:
             link.set_remote(ring)
 
     def resize(self, link: SendLink, wanted_bytes: int, ring: RingAddress | None) -> None:
         self.use_ring(link, ring)
-        with self._cond:
+        with self._lock:
             self._wake()
 
     def resize_answered(self, link: SendLink, answer: Resized | Refuse) -> None:
-        with self._cond:
+        with self._lock:
             try:
                 if isinstance(answer, Resized):
                     if answer.ring is None:
@@ -481,7 +489,7 @@ class Sender(Node[SendLink]):
 
         if self._failure is not None:
             return
-        with self._cond:
+        with self._lock:
             try:
                 self._wait_locked(placed, deadline, "closing: waiting for the devices to confirm the last frames")
                 self._wait_locked(told, deadline.within(GOODBYE_S), "closing: saying goodbye")
@@ -492,7 +500,7 @@ class Sender(Node[SendLink]):
             raise lost[0]
 
     def _free_memory(self) -> None:
-        with self._cond:
+        with self._lock:
             for registration in self._registrations:
                 registration.unregister()
             self._registrations.clear()

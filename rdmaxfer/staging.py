@@ -6,6 +6,7 @@ still read from it: it is neither reused nor unregistered before their completio
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -47,33 +48,46 @@ class Source:
         for region in regions.values():
             region.close()
 
-    def finished(self) -> None:
-        """One work request less reads from it."""
-        self.in_flight -= 1
+    def idle(self) -> None:
+        """`in_flight` has become 0."""
 
 
 class StagingSlot(Source):
-    """One staging slot; goes back to its pool when nothing reads from it any more."""
+    """One staging slot. It is free when nobody holds it and no work request reads from it."""
 
-    __slots__ = ("_back", "buffer", "leased")
+    __slots__ = ("_owner", "_pool", "buffer")
 
-    def __init__(self, nbytes: int, back: Callable[[StagingSlot], None]) -> None:
+    def __init__(self, nbytes: int, pool: StagingPool) -> None:
         buffer = Buffer(nbytes)
         super().__init__(buffer.address, buffer.nbytes, buffer)
         self.buffer = buffer
-        self.leased = False
-        """Whether a `Slot` or a running `push` holds it."""
-        self._back = back
+        self._pool = pool
+        self._owner: weakref.ref[Holder] | None = None
 
-    def finished(self) -> None:
-        self.in_flight -= 1
-        if not self.in_flight and not self.leased:
-            self._back(self)
+    @property
+    def free(self) -> bool:
+        return not self.in_flight and (self._owner is None or self._owner() is None)
 
-    def unlease(self) -> None:
-        self.leased = False
-        if not self.in_flight:
-            self._back(self)
+    def hold(self, holder: Holder) -> None:
+        self._owner = holder.reference
+
+    def let_go(self) -> None:
+        """Its holder is done with it; harmless to repeat."""
+        self._owner = None
+        self.idle()
+
+    def idle(self) -> None:
+        if self.free:
+            self._pool.freed(self)
+
+
+class Holder:
+    """Stands for who holds a staging slot: when it is collected, its slot is free, however its holder came to an end."""
+
+    __slots__ = ("__weakref__", "reference")
+
+    def __init__(self) -> None:
+        self.reference = weakref.ref(self)
 
 
 class StagingPool:
@@ -82,35 +96,47 @@ class StagingPool:
 
     def __init__(self, slots: int) -> None:
         self.slots = slots
-        self._made = 0
-        self._free: list[StagingSlot] = []
+        self._all: list[StagingSlot] = []
+        self._freed: list[StagingSlot] = []
+        """Slots that were freed; some of them may be in use again, and not all that are free are here."""
 
     def __repr__(self) -> str:
-        return f"<StagingPool {self._made - len(self._free)} of {self.slots} in use>"
+        return f"<StagingPool {sum(not slot.free for slot in self._all)} of {self.slots} in use>"
 
-    @property
-    def idle(self) -> bool:
-        return len(self._free) == self._made
+    def freed(self, slot: StagingSlot) -> None:
+        self._freed.append(slot)
 
-    def take(self, nbytes: int) -> StagingSlot | None:
+    def take(self, nbytes: int, holder: Holder) -> StagingSlot | None:
         """A slot of at least `nbytes`, or None while all are in use."""
-        if self._free:
-            slot = self._free.pop()
-            if slot.nbytes < nbytes:
+        slot = self._pop()
+        if slot is None and len(self._all) >= self.slots:
+            self._freed = [slot for slot in self._all if slot.free]  # those whose holders forgot them
+            slot = self._pop()
+            if slot is None:
+                return None
+        if slot is None or slot.nbytes < nbytes:
+            fresh = StagingSlot(nbytes, self)
+            if slot is None:
+                self._all.append(fresh)
+            else:
                 slot.unregister()
-                slot = StagingSlot(nbytes, self._free.append)
-        elif self._made < self.slots:
-            slot = StagingSlot(nbytes, self._free.append)
-            self._made += 1
-        else:
-            return None
-        slot.leased = True
+                self._all[self._all.index(slot)] = fresh
+            slot = fresh
+        slot.hold(holder)
         return slot
 
+    def _pop(self) -> StagingSlot | None:
+        while self._freed:
+            slot = self._freed.pop()
+            if slot.free and slot in self._all:
+                return slot
+        return None
+
     def close(self) -> None:
-        """Unregister the free slots; those in use must have been finished before."""
-        while self._free:
-            self._free.pop().unregister()
+        """Unregister all slots; nothing may read from them any more."""
+        self._freed.clear()
+        while self._all:
+            self._all.pop().unregister()
 
 
 class Registration(Source):

@@ -46,7 +46,7 @@ c_core() {
 shell_scripts() { shellcheck -x "${scripts[@]}" && echo "no warnings in ${#scripts[@]} files"; }
 scripts=(.ci/run scripts/*.sh scripts/lib/*.sh)
 
-check "ruff" "$venv/bin/python" -m ruff check .
+check "ruff" "$venv/bin/python" -m ruff check --output-format concise .
 check "format" "$venv/bin/python" -m ruff format --check .
 check "mypy" types
 check "C" c_core

@@ -44,7 +44,7 @@ install_tools() {
 options() {
   printf 'CONFIG_%s=y\n' 64BIT CC_OPTIMIZE_FOR_PERFORMANCE SMP HIGH_RES_TIMERS NO_HZ_IDLE SYSVIPC POSIX_MQUEUE PRINTK \
     MULTIUSER NAMESPACES UTS_NS IPC_NS PID_NS USER_NS NET_NS BINFMT_ELF BINFMT_SCRIPT FHANDLE FUTEX EPOLL SIGNALFD TIMERFD EVENTFD AIO \
-    SHMEM MEMBARRIER FILE_LOCKING MAGIC_SYSRQ INOTIFY_USER STDERR_CONSOLE NULL_CHAN PTY_CHAN TTY_CHAN UNIX98_PTYS HOSTFS PROC_FS PROC_SYSCTL CONFIGFS_FS \
+    SHMEM MEMBARRIER FILE_LOCKING MCONSOLE MAGIC_SYSRQ INOTIFY_USER STDERR_CONSOLE NULL_CHAN PTY_CHAN TTY_CHAN UNIX98_PTYS HOSTFS PROC_FS CONFIGFS_FS \
     SYSFS TMPFS TMPFS_XATTR DEVTMPFS DEVTMPFS_MOUNT PCI UML_PCI_OVER_VFIO NET PACKET UNIX INET INET_DIAG IPV6 IP_MULTICAST \
     NETDEVICES NET_CORE DUMMY VETH NET_SCHED NET_SCH_NETEM CRYPTO CRYPTO_CRC32 CRYPTO_CRC32C \
     INFINIBAND INFINIBAND_USER_MAD INFINIBAND_USER_ACCESS INFINIBAND_ADDR_TRANS RDMA_RXE RDMA_SIW
@@ -97,11 +97,11 @@ debian_mirror() {
   printf '%s\n' "$mirror"
 }
 
-# Prints a line now and then while a command runs, so that nobody takes a long step for a hung one.
+# with_progress WHAT LOG COMMAND...: prints a line now and then while a command runs, so that nobody takes a long step for a hung one.
 with_progress() {
-  local what=$1 job status=0 start=$SECONDS
-  shift
-  "$@" & job=$!
+  local what=$1 log=$2 job status=0 start=$SECONDS
+  shift 2
+  "$@" >"$log" 2>&1 & job=$!
   while kill -0 "$job" 2>/dev/null; do
     sleep 1
     (((SECONDS - start) % 20)) || say "$what: $((SECONDS - start)) s$([[ ! -f $cache/build.log ]] || printf ', %s files compiled' "$(grep -c '^  CC ' "$cache/build.log")")"
@@ -146,12 +146,12 @@ build_kernel() {
   apt-get "${apt[@]}" download "$source" >>"$work/log" 2>&1 || { tail -n 20 "$work/log" >&2; die "$source could not be downloaded"; }
   # Of the tree, the parts that are never compiled here are left packed: they are two thirds of it.
   # shellcheck disable=SC2016 # $0 is the inner shell's
-  with_progress "unpacking" bash -c 'set -o pipefail
+  with_progress "unpacking" "$work/log" bash -c 'set -o pipefail
     dpkg-deb --fsys-tarfile "$0"_*.deb | tar -xO --wildcards "./usr/src/*.tar.xz" | xz -dcT0 |
     tar -x --wildcards --exclude="*/drivers/gpu/*.[ch]" --exclude="*/drivers/media/*.[ch]" --exclude="*/drivers/net/ethernet/*.[ch]" \
       --exclude="*/drivers/net/wireless/*.[ch]" --exclude="*/drivers/scsi/*.[ch]" --exclude="*/drivers/staging/*.[ch]" --exclude="*/sound/*.[ch]" \
       --exclude="*/Documentation/*.rst" --exclude="*/Documentation/*.yaml" --exclude="*/tools/testing/selftests/*" --exclude="*/tools/perf/*" \
-      --exclude="*.dts" --exclude="*.dtsi"' "$source" || die "$source could not be unpacked"
+      --exclude="*.dts" --exclude="*.dtsi"' "$source" || { tail -n 20 "$work/log" >&2; die "$source could not be unpacked"; }
   rm -f "$work"/*.deb
   tree=$work/$source out=$work/out
   fast_crc32 "$tree" || true
@@ -162,8 +162,8 @@ build_kernel() {
     { tail -n 20 "$work/config.log" >&2; die "the kernel's configuration failed"; }
   missing=$(grep -vxFf "$out/.config" "$work/fragment" || true)
   [[ -z $missing ]] || say "not settable in $source, and left out: ${missing//$'\n'/ }"
-  grep -q '^CONFIG_RDMA_RXE=y' "$out/.config" || die "$source can't have rxe under User Mode Linux"
-  with_progress "compiling" nice make -C "$tree" ARCH=um SUBARCH=x86_64 O="$out" -j"$(nproc)" linux >"$cache/build.log" 2>&1 ||
+  [[ $missing != *RDMA_RXE=* && $missing != *MAGIC_SYSRQ=* ]] || die "$source can't have what is needed under User Mode Linux"
+  with_progress "compiling" "$cache/build.log" nice make -C "$tree" ARCH=um SUBARCH=x86_64 O="$out" -j"$(nproc)" linux ||
     { tail -n 20 "$cache/build.log" >&2; die "the kernel did not build (log: $cache/build.log)"; }
   cd "$OLDPWD"
   strip -o "$kernel" "$out/linux"

@@ -477,10 +477,12 @@ static int wait_all(rx_qp **qps, int n, int first, int wake_fd, uint64_t spin_ns
     int got = poll_all(qps, n, first, out, max, error);
     if (got || timeout_ns == 0 || max <= 0)
         return got;
-    uint64_t start = now_ns(), elapsed = 0;
+    uint64_t start = 0, elapsed = 0; /* the clock is read only if needed: on some kernels that is a system call */
     uint64_t limit = timeout_ns < 0 ? UINT64_MAX : (uint64_t)timeout_ns;
     if (spin_ns > limit)
         spin_ns = limit;
+    if (spin_ns)
+        start = now_ns();
     while (n > 0 && elapsed < spin_ns) {
         for (int i = 0; i < SPINS_PER_CLOCK; i++) {
             relax();
@@ -495,13 +497,16 @@ static int wait_all(rx_qp **qps, int n, int first, int wake_fd, uint64_t spin_ns
         if (!fds)
             return fail(error, "malloc", ENOMEM);
     }
-    for (int more = 1; more > 0;) {
+    for (int more = 1, woken = 0; more > 0; woken = 1) {
         got = arm_all(qps, n, error);
         if (!got)
             got = poll_all(qps, n, first, out, max, error); /* what came before the CQ was armed makes no event */
         if (got)
             break;
-        elapsed = now_ns() - start;
+        if (timeout_ns >= 0 && start)
+            elapsed = now_ns() - start;
+        else if (timeout_ns >= 0 && woken)
+            start = now_ns(); /* woken for nothing; the time until then is not counted */
         if (elapsed >= limit)
             break;
         uint64_t rest = limit - elapsed;

@@ -160,6 +160,12 @@ class Side:
         return self.control.connect(endpoint, make_hello(lease_s), client, timeout_s=timeout_s), client
 
 
+def ended(side: Side, session: bytes) -> bool:
+    call = side.control.end(session, "enough")
+    assert call.wait(PATIENCE_S)
+    return call.result()
+
+
 @pytest.fixture
 def sides() -> Iterator[Callable[[], Side]]:
     made: list[Side] = []
@@ -346,8 +352,8 @@ def test_a_handlers_exception_is_an_answer(sides: Callable[[], Side]) -> None:
     handler.raises = None
     connection, _ = side.connect(server.endpoint)
     connection.wait_started(PATIENCE_S)
-    assert side.control.end(connection.session, "enough").result(PATIENCE_S)
-    assert not side.control.end(connection.session, "enough").result(PATIENCE_S)
+    assert ended(side, connection.session)
+    assert not ended(side, connection.session)
     assert handler.gone_ones == [(connection.session, True)]
 
 

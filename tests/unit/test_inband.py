@@ -15,6 +15,7 @@ def test_the_bits_of_the_immediates_never_change() -> None:
     assert inband.pack_frame_imm(epoch=5, header_bytes=128, slot=7) == 0x45020007
     assert inband.pack_resize_imm(3 * 4096) == 0x80000003
     assert inband.pack_bye_imm() == 0xC0000000
+    assert inband.pack_credit_imm() == 1
 
 
 def test_the_bytes_of_the_messages_never_change() -> None:
@@ -52,9 +53,10 @@ def test_a_wanted_size_beyond_the_immediate_is_a_local_error() -> None:
 
 def test_bye_survives() -> None:
     assert inband.unpack_imm(inband.pack_bye_imm()) == Imm(ImmKind.BYE)
+    assert inband.unpack_imm(inband.pack_credit_imm()) == Imm(ImmKind.CREDIT_WANTED)
 
 
-@pytest.mark.parametrize("imm", [0, 1, 0x3FFFFFFF, 0x81000000, 0xA0000000, 0xC0000001, 0xFFFFFFFF])
+@pytest.mark.parametrize("imm", [0, 2, 0x3FFFFFFF, 0x81000000, 0xA0000000, 0xC0000001, 0xFFFFFFFF])
 def test_an_unknown_immediate_is_refused(imm: int) -> None:
     with pytest.raises(RemoteProtocolError):
         inband.unpack_imm(imm)
@@ -70,6 +72,7 @@ def test_every_immediate_is_refused_or_means_exactly_its_bits(imm: int) -> None:
         ImmKind.FRAME: lambda: inband.pack_frame_imm(decoded.epoch, decoded.header_bytes, decoded.slot),
         ImmKind.RESIZE_WANTED: lambda: inband.pack_resize_imm(decoded.wanted_bytes),
         ImmKind.BYE: inband.pack_bye_imm,
+        ImmKind.CREDIT_WANTED: inband.pack_credit_imm,
     }[decoded.kind]()
     assert again == imm
 

@@ -17,7 +17,7 @@ CM = Path(rdmaxfer.cm.__file__).parent
 
 LAYERS = [
     ["rdmaxfer.errors"],
-    ["rdmaxfer.inband", "rdmaxfer.memory", "rdmaxfer.cm.messages", "rdmaxfer.cm.endpoint"],
+    ["rdmaxfer.inband", "rdmaxfer.memory", "rdmaxfer.cm.messages", "rdmaxfer.cm.endpoint", "rdmaxfer.cm.latch"],
     ["rdmaxfer.ring", "rdmaxfer.frame", "rdmaxfer.cm.states"],
     ["rdmaxfer.cm.client_session", "rdmaxfer.cm.server_sessions"],
     ["rdmaxfer.cm.protocol"],

@@ -1,0 +1,46 @@
+"""Tests in device/ and faults/ need a verbs device, real or software (scripts/setup_softroce.sh, scripts/softroce_vm.sh).
+
+They run when asked for: `pytest -m rdma`, or RDMAXFER_TEST_DEVICE=1 in the environment. Then a missing device is a
+failure. RDMAXFER_DEVICE names the device to use.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from rdmaxfer.errors import RdmaxferError
+from rdmaxfer.fabric.devices import Route, choose_gid, list_devices
+
+NEED_A_DEVICE = frozenset(Path(__file__).parent / name for name in ("device", "faults"))
+
+
+def _asked_for(config: pytest.Config) -> bool:
+    if os.environ.get("RDMAXFER_TEST_DEVICE", "") not in ("", "0"):
+        return True
+    expression = str(config.option.markexpr or "")
+    return bool(re.search(r"\brdma\b", re.sub(r"\bnot\s+rdma\b", "", expression)))
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    mine = [item for item in items if NEED_A_DEVICE.intersection(item.path.parents)]
+    for item in mine:
+        item.add_marker(pytest.mark.rdma)
+    if mine and not _asked_for(config):
+        config.hook.pytest_deselected(items=mine)
+        items[:] = [item for item in items if item not in mine]
+
+
+@pytest.fixture(scope="session")
+def route() -> Route:
+    """Device, port and GID for tests within this host."""
+    try:
+        loopback = ipaddress.ip_address("127.0.0.1")
+        return choose_gid(list_devices(), device=os.environ.get("RDMAXFER_DEVICE") or None, local_ip=loopback)
+    except RdmaxferError as error:
+        return pytest.fail(f"device tests were asked for, but there is no device to run them on: {error}")

@@ -1,0 +1,185 @@
+"""Ctrl-C at every point of a call where Python lets a signal handler run: nothing hangs, nothing is lost or doubled."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import TIMEOUT_S, Background, pair, rest, spawn, wait_until
+
+import rdmaxfer
+
+MOST = 3000
+"""More points than any call has."""
+
+
+class CtrlC:
+    """Raises KeyboardInterrupt in this thread at the n-th point where CPython looks for signals within the block: on entering a
+    Python function, and when a C function has returned (its result is lost then)."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+        self.seen = 0
+        self.where = ""
+
+    @property
+    def happened(self) -> bool:
+        return bool(self.where)
+
+    def _on_event(self, frame: FrameType, event: str, arg: Any) -> None:
+        if event not in ("call", "c_return") or frame.f_code is CtrlC.__exit__.__code__:
+            return
+        if self.seen == self.n:
+            sys.setprofile(None)
+            what = frame.f_code.co_qualname if sys.version_info >= (3, 11) else frame.f_code.co_name
+            self.where = f"{event} in {what}:{frame.f_lineno}" + (f" of {arg.__qualname__}" if event != "call" else "")
+            raise KeyboardInterrupt
+        self.seen += 1
+
+    def __enter__(self) -> CtrlC:
+        sys.setprofile(self._on_event)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
+        sys.setprofile(None)
+        return kind is KeyboardInterrupt
+
+
+def each_point() -> Iterator[CtrlC]:
+    """Ctrl-C ever later, until a call has ended before it came."""
+    for n in range(MOST):
+        at = CtrlC(n)
+        yield at
+        if not at.happened:
+            assert n > 10, "nothing was interrupted"
+            return
+    raise AssertionError(f"a call with more than {MOST} points to interrupt it at")
+
+
+def check_unlocked(node: Any, where: str) -> None:
+    """Other threads, such as the one that keeps the lease, must be able to go on."""
+    other = Background(lambda: node._lock.acquire(timeout=5) and (node._lock.release() or True))
+    assert other.result(), f"the lock was left locked by Ctrl-C at {where}"
+
+
+def value(rx: rdmaxfer.Receiver) -> tuple[int, int]:
+    with rx.recv(timeout=TIMEOUT_S) as frame:
+        return frame.seq, int(frame.array[0])
+
+
+PUSHES: dict[str, Callable[[rdmaxfer.Sender, Any], int]] = {
+    "push": lambda tx, array: tx.push(array, timeout=TIMEOUT_S),
+    "registered": lambda tx, array: tx.push(array, timeout=TIMEOUT_S),
+}
+
+
+@pytest.mark.parametrize("how", PUSHES)
+@pytest.mark.parametrize("peers", [1, 2])
+def test_ctrl_c_in_push(how: str, peers: int) -> None:
+    with contextlib.ExitStack() as stack:
+        tx = stack.enter_context(rdmaxfer.Sender(slots=4))
+        endpoint = tx.bind("tcp://127.0.0.1:*")
+        receivers = [stack.enter_context(rdmaxfer.Receiver(slots=4)) for _ in range(peers)]
+        for rx in receivers:
+            rx.connect(endpoint, timeout=TIMEOUT_S)
+        tx.wait_for_peers(peers, timeout=TIMEOUT_S)
+        array = np.zeros(5, np.int64)
+        if how == "registered":
+            tx.register(array)
+        count = 0  # frames that went out
+        for at in each_point():
+            tx.flush(timeout=TIMEOUT_S)
+            array[0] = 2 * at.n
+            seq = None
+            with at:
+                seq = PUSHES[how](tx, array)
+            check_unlocked(tx, at.where)
+            # The next one tells whether the interrupted one went out: to all, or to none.
+            marker = np.array([2 * at.n + 1])
+            last = tx.push(marker, timeout=TIMEOUT_S)
+            assert last in (count, count + 1), f"numbers are missing or doubled after Ctrl-C at {at.where}"
+            went = last - count
+            if seq is not None:
+                assert went == 1
+                assert seq == count
+            expected = [(count, 2 * at.n)] * went + [(last, 2 * at.n + 1)]
+            for rx in receivers:
+                assert [value(rx) for _ in expected] == expected, f"after Ctrl-C at {at.where}"
+            count = last + 1
+        assert tx.statistics().frames == count
+        began = time.monotonic()
+        tx.flush(timeout=TIMEOUT_S)
+        tx.close()
+        assert time.monotonic() - began < 10
+
+
+def test_ctrl_c_in_recv_loses_no_frame() -> None:
+    with pair(receiver={"slots": 4}, sender={"slots": 4}) as (tx, rx):
+        for at in each_point():
+            tx.push(np.array([at.n]), timeout=TIMEOUT_S)
+            tx.push(np.array([-1]), timeout=TIMEOUT_S)
+            frame = None
+            with at:
+                frame = rx.recv(timeout=TIMEOUT_S)
+            check_unlocked(rx, at.where)
+            if frame is None:
+                frame = rx.recv(timeout=TIMEOUT_S)
+            assert (frame.seq, frame.array[0]) == (2 * at.n, at.n), f"after Ctrl-C at {at.where}"
+            frame.release()
+            frame = rx.recv(timeout=TIMEOUT_S)
+            assert (frame.seq, frame.array[0]) == (2 * at.n + 1, -1), f"after Ctrl-C at {at.where}"
+            frame.release()
+        tx.flush(timeout=TIMEOUT_S)
+
+
+def test_ctrl_c_in_release_gives_the_slot_back_all_the_same() -> None:
+    with pair(receiver={"slots": 2}, sender={"slots": 2}) as (tx, rx):
+        for at in each_point():
+            tx.push(np.array([at.n]), timeout=TIMEOUT_S)
+            frame = rx.recv(timeout=TIMEOUT_S)
+            with at:
+                frame.release()
+            check_unlocked(rx, at.where)
+            del frame
+            with contextlib.suppress(rdmaxfer.TimeoutExpired):
+                rx.recv(timeout=0)
+            try:
+                tx.flush(timeout=5)
+            except rdmaxfer.TimeoutExpired:
+                pytest.fail(f"a slot was lost by Ctrl-C at {at.where}")
+
+
+def test_ctrl_c_in_flush() -> None:
+    with pair(receiver={"slots": 4}, sender={"slots": 4}) as (tx, rx):
+        for at in each_point():
+            tx.push(np.array([at.n]), timeout=TIMEOUT_S)
+            assert value(rx) == (at.n, at.n)
+            with at:
+                tx.flush(timeout=TIMEOUT_S)
+            check_unlocked(tx, at.where)
+        tx.flush(timeout=TIMEOUT_S)
+
+
+def test_ctrl_c_in_a_reserved_block() -> None:
+    with pair(receiver={"slots": 4}, sender={"slots": 4}) as (tx, rx):
+        count = 0
+        for at in each_point():
+            with at, tx.reserve((1,), np.int64, timeout=TIMEOUT_S) as slot:
+                slot.array[0] = 2 * at.n
+            check_unlocked(tx, at.where)
+            try:
+                last = tx.push(np.array([2 * at.n + 1]), timeout=5)
+            except rdmaxfer.TimeoutExpired:
+                pytest.fail(f"staging memory was lost by Ctrl-C at {at.where}")
+            expected = [(count, 2 * at.n)] * (last - count) + [(last, 2 * at.n + 1)]
+            assert len(expected) <= 2
+            assert [value(rx) for _ in expected] == expected, f"after Ctrl-C at {at.where}"
+            count = last + 1
+            tx.flush(timeout=TIMEOUT_S)
