@@ -421,7 +421,8 @@ def test_calls_from_other_threads(sides: Callable[[], Side]) -> None:
     with pytest.raises(TimeoutExpired):
         control.run(int, timeout_s=0.15)
     gate.set()
-    assert blocked.result(PATIENCE_S)
+    assert blocked.wait(PATIENCE_S)
+    assert blocked.result()
 
 
 def test_the_death_of_the_thread_is_told_to_everybody() -> None:
