@@ -19,7 +19,7 @@ from rdmaxfer.frame import FrameHeader, decode_metadata
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from rdmaxfer.link import RecvLink
+    from rdmaxfer.recv_link import RecvLink
     from rdmaxfer.sender import Sender
     from rdmaxfer.staging import Holder, StagingSlot
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 from rdmaxfer.cm.messages import Accept, Hello, Refuse, Resized, RingAddress
 from rdmaxfer.errors import ClosedError, EndOfStream, FrameTooLarge, RdmaxferError, RemoteProtocolError
 from rdmaxfer.lease import Frame, FrameLease
-from rdmaxfer.link import RecvLink, recv_depth, send_depth
+from rdmaxfer.link import recv_depth, send_depth
 from rdmaxfer.node import Deadline, Node
+from rdmaxfer.recv_link import RecvLink
 
 if TYPE_CHECKING:
     from rdmaxfer.fabric.devices import Route
@@ -154,7 +155,7 @@ class Receiver(Node[RecvLink]):
                 resizes=self._resizes,
             )
 
-    # --- what links ask (rdmaxfer.link.Inbox) ---------------------------------------------------------------------------
+    # --- what links ask (rdmaxfer.recv_link.Inbox) ---------------------------------------------------------------------------
 
     def frame_arrived(self, frame: Frame, tag: tuple[int, int]) -> None:
         ready = self._ready

@@ -16,8 +16,9 @@ from rdmaxfer.errors import FrameTooLarge, PeerLost, RdmaxferError, RemoteProtoc
 from rdmaxfer.frame import FrameType, encode_metadata, frame_type
 from rdmaxfer.inband import MESSAGE_BYTES
 from rdmaxfer.lease import Slot
-from rdmaxfer.link import SendLink, recv_depth, send_depth
+from rdmaxfer.link import recv_depth, send_depth
 from rdmaxfer.node import Deadline, Node
+from rdmaxfer.send_link import SendLink
 from rdmaxfer.staging import Holder, Registration, Source, StagingPool, StagingSlot
 
 if TYPE_CHECKING:

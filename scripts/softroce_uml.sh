@@ -99,14 +99,16 @@ debian_mirror() {
 
 # with_progress WHAT LOG COMMAND...: prints a line now and then while a command runs, so that nobody takes a long step for a hung one.
 with_progress() {
-  local what=$1 log=$2 job status=0 start=$SECONDS
+  local what=$1 log=$2 status=0 start=$SECONDS
   shift 2
   "$@" >"$log" 2>&1 & job=$!
+  trap 'kill "$job" 2>/dev/null; exit 143' INT TERM HUP   # or the compiler would go on alone
   while kill -0 "$job" 2>/dev/null; do
     sleep 1
     (((SECONDS - start) % 20)) || say "$what: $((SECONDS - start)) s$([[ ! -f $cache/build.log ]] || printf ', %s files compiled' "$(grep -c '^  CC ' "$cache/build.log")")"
   done
   wait "$job" || status=$?
+  trap - INT TERM HUP
   return "$status"
 }
 

@@ -25,6 +25,7 @@ LAYERS = [
     ["rdmaxfer.cm"],
     ["rdmaxfer.lease", "rdmaxfer.staging"],
     ["rdmaxfer.link"],
+    ["rdmaxfer.send_link", "rdmaxfer.recv_link"],
     ["rdmaxfer.handshake"],
     ["rdmaxfer.node"],
     ["rdmaxfer.receiver", "rdmaxfer.sender"],

@@ -1,0 +1,251 @@
+"""The receiver's side of a connection: owns the ring, turns completions into leased frames, gives credit. See `rdmaxfer.link`
+for the rules."""
+
+from __future__ import annotations
+
+from collections import deque
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from rdmaxfer import frame as framing
+from rdmaxfer import inband
+from rdmaxfer.cm.messages import RingAddress
+from rdmaxfer.errors import PeerLost, RdmaxferError, RemoteProtocolError
+from rdmaxfer.lease import Frame, FrameLease
+from rdmaxfer.link import Completion, Link, send_depth
+from rdmaxfer.memory import Buffer
+from rdmaxfer.ring import RecvRing
+
+if TYPE_CHECKING:
+    from rdmaxfer.fabric.verbs import Endpoint, ProtectionDomain
+
+
+class _RingMemory:
+    """The memory of one epoch of a receiver's ring."""
+
+    __slots__ = ("buffer", "region", "slot_bytes", "stride", "view")
+
+    def __init__(self, pd: ProtectionDomain, slots: int, slot_bytes: int) -> None:
+        page = 4096
+        self.slot_bytes = slot_bytes
+        self.stride = framing.HEADER_ROOM + -(-slot_bytes // page) * page
+        self.buffer = Buffer(slots * self.stride)
+        self.region = pd.register(self.buffer, remote_write=True)
+        self.view = self.buffer.view(0, self.buffer.nbytes).toreadonly()
+
+
+class Inbox(Protocol):
+    """What a RecvLink needs of its receiver."""
+
+    def frame_arrived(self, frame: Frame, tag: tuple[int, int]) -> None: ...
+    def resize_asked(self, link: RecvLink, wanted_bytes: int) -> None: ...
+    def release(self, link: RecvLink, lease: FrameLease) -> None: ...
+
+
+class RecvLink(Link):
+    """The receiver's side: owns the ring, turns completions into leased frames, gives credit."""
+
+    def __init__(
+        self, session: bytes, peer: str, endpoint: Endpoint, owned: ExitStack, pd: ProtectionDomain, inbox: Inbox
+    ) -> None:
+        super().__init__(session, peer, endpoint, owned)
+        self.pd = pd
+        self.abandoned: deque[FrameLease] = deque()
+        """Leases that ended by garbage collection; their slots are given back at the next occasion."""
+        self.leases: dict[int, FrameLease] = {}
+        self.ring = RecvRing(1)
+        self.writes_received = 0
+        self.credits_sent = 0
+        self.resizing = False
+        """Whether a larger ring is being offered to a bound sender."""
+        self.wanted_bytes = 0
+        """The latest slot size that the sender asked for in band, or by its answer to RENEW."""
+        self._inbox = inbox
+        self._memory: dict[int, _RingMemory] = {}
+        self._depth = 0
+        self._unsignalled = 0
+        self._sent = 0
+        self._sent_completed = 0
+        self._consumed = 0
+        self._reposted = 0
+        self._repost_due = False
+        self._credit_asked = -1
+        """The count of frames received when the sender asked for credit; -1: it has not."""
+        self._credit_seen = 0
+        owned.callback(self._unregister)
+
+    def make_ring(self, slots: int, slot_bytes: int) -> RingAddress:
+        """Register the first ring. Raises MemlockError, VerbsError."""
+        self.ring = RecvRing(slots)
+        self._depth = send_depth(slots)
+        return self._offer(0, slot_bytes)
+
+    def make_larger_ring(self, slot_bytes: int) -> RingAddress:
+        """Register a ring with larger slots beside those in use; the sender turns to it with its next frame."""
+        address = self._offer(self.ring.spare_epoch + 1, slot_bytes)
+        self.ring.offer()
+        return address
+
+    @property
+    def offers_open(self) -> int:
+        """Rings offered that the sender has not turned to yet."""
+        return self.ring.spare_epoch - self.ring.epoch
+
+    @property
+    def slot_bytes(self) -> int:
+        """Payload bytes that a slot of the newest ring holds."""
+        return self._memory[max(self._memory)].slot_bytes if self._memory else 0
+
+    def _offer(self, epoch: int, slot_bytes: int) -> RingAddress:
+        memory = _RingMemory(self.pd, self.ring.slots, slot_bytes)
+        self._memory[epoch] = memory
+        return RingAddress(
+            address=memory.buffer.address,
+            rkey=memory.region.rkey,
+            slots=self.ring.slots,
+            slot_bytes=slot_bytes,
+            slot_stride=memory.stride,
+            payload_offset=framing.HEADER_ROOM,
+            epoch=epoch,
+        )
+
+    def _on_recv(self, wc: Completion, tag: tuple[int, int]) -> None:
+        if not wc.has_imm:
+            raise RemoteProtocolError("the sender sent a message where only frames are expected")
+        imm = inband.unpack_imm(wc.imm)
+        if imm.kind is inband.ImmKind.FRAME:
+            self._on_frame(imm, wc.byte_len, tag)
+            return
+        if imm.kind is inband.ImmKind.BYE:
+            self.end()
+        elif imm.kind is inband.ImmKind.CREDIT_WANTED:
+            self._credit_asked = self.ring.received
+        else:
+            self._inbox.resize_asked(self, imm.wanted_bytes)
+        self._consumed += 1
+        self._repost_due = True
+        self._handled = tag
+        if imm.kind is inband.ImmKind.CREDIT_WANTED:
+            self.give_credit()
+
+    def after_poll(self) -> None:
+        # Receives that frames took are posted again along with their credit; those of other messages have none to wait for.
+        if self._repost_due:
+            self._repost_due = False
+            try:
+                self._repost()
+            except RdmaxferError as error:
+                self.fail(error)
+
+    def _repost(self) -> None:
+        due = self._consumed - self._reposted
+        if due:
+            self._reposted += due
+            self.endpoint.repost_recv([0] * due)
+
+    def _on_frame(self, imm: inband.Imm, written_bytes: int, tag: tuple[int, int]) -> None:
+        position, epoch = self.ring.check_frame(imm.epoch, imm.slot)
+        memory = self._memory[epoch]
+        start = imm.slot * memory.stride + framing.HEADER_ROOM
+        # Copied once, then checked: the sender could change the original at any time.
+        block = bytes(memory.view[start - imm.header_bytes : start])
+        header = framing.unpack(block, epoch=epoch, slot=imm.slot, position=position, slot_bytes=memory.slot_bytes)
+        total_bytes = header.header_bytes + header.payload_bytes
+        if self.endpoint.wr_count(total_bytes) == 1 and written_bytes != total_bytes:
+            raise RemoteProtocolError(f"the sender wrote {written_bytes} bytes for a frame of {total_bytes}")
+        # The flat array is the base of every view of the frame: when it goes, the lease ends. And as it is made from a read-only
+        # memoryview, none of them can be made writable.
+        flat = np.frombuffer(memory.view, np.uint8, header.payload_bytes, start)
+        array: np.ndarray[Any, Any] = np.ndarray(header.shape, header.dtype, flat)
+        if epoch != self.ring.epoch:
+            self._leave_older(epoch)
+        lease = self.leases[position] = FrameLease(self, position)
+        self._inbox.frame_arrived(lease.issue(header, array, flat), tag)
+        ring = self.ring
+        ring.epoch = epoch
+        ring.received = position + 1
+        self.writes_received += 1
+        self._consumed += 1
+        self._handled = tag
+
+    def _leave_older(self, epoch: int) -> None:
+        # All earlier writes have completed before this one, so nothing can arrive there any more. Leases keep the memory itself.
+        for old in [number for number in self._memory if number < epoch]:
+            self._memory.pop(old).region.close()
+
+    def release(self, lease: FrameLease) -> None:
+        """A lease ended by `Frame.release`: called by users' threads, takes the receiver's lock."""
+        self._inbox.release(self, lease)
+
+    def finish(self, lease: FrameLease) -> None:
+        """Give a leased slot back, and credit where it is due. With the receiver's lock held."""
+        if self.leases.get(lease.position) is lease:
+            self.ring.release(lease.position)
+            if not self.torn_down:
+                self.give_credit()
+            self.leases.pop(lease.position, None)
+
+    def collect(self) -> None:
+        """Give back the slots of frames that were dropped without a release."""
+        while self.abandoned:
+            self.finish(self.abandoned.popleft())
+
+    def give_credit(self) -> None:
+        if self.ring.credit_due(asked=self.ring.announced < self._credit_asked) and self.live:
+            self._send(inband.MessageKind.CREDIT, self.ring.released)
+
+    @property
+    def credit_kept(self) -> bool:
+        """Whether slots were released that the sender was not told of, because they are few."""
+        return self.live and self.ring.released > self.ring.announced
+
+    def give_kept_credit(self) -> None:
+        """Tell the sender what has been kept from it for a while, so that its `flush` also ends if nobody polls here."""
+        if self.credit_kept:
+            if self.ring.released == self._credit_seen:
+                self._send(inband.MessageKind.CREDIT, self.ring.released)
+            self._credit_seen = self.ring.released
+
+    def say_bye(self) -> None:
+        """Tell the sender that this receiver leaves, and what it has released."""
+        if self.live:
+            self._send(inband.MessageKind.BYE, self.ring.released)
+
+    def refuse_resize(self) -> None:
+        """Tell the sender, in band, that its frame can't be had."""
+        if self.live:
+            self._send(inband.MessageKind.RESIZE_REFUSED, self.slot_bytes)
+
+    def _send(self, kind: inband.MessageKind, value: int) -> None:
+        if self._sent - self._sent_completed >= self._depth:
+            return  # tried again when a completion has made room
+        try:
+            self._repost()  # before the credit, which promises that there is a receive for every frame
+            self._unsignalled += 1
+            self._sent += 1
+            signaled = kind is not inband.MessageKind.CREDIT or self._unsignalled * 4 >= self._depth
+            if signaled:
+                self._unsignalled = 0
+            self.endpoint.send_inline(inband.pack_message(kind, value), self._sent, signaled)
+        except RdmaxferError as error:
+            self.fail(PeerLost(f"the connection with {self.peer} broke: {error}"))
+            return
+        if kind is inband.MessageKind.CREDIT:
+            self.ring.on_announced(value)
+            self.credits_sent += 1
+
+    def _on_sent(self, wc: Completion) -> None:
+        self._sent_completed = wc.wr_id
+        self.give_credit()
+
+    def revoke_leases(self) -> None:
+        """The receiver is closing: frames still held become errors."""
+        for lease in self.leases.values():
+            lease.revoke()
+        self.leases.clear()
+
+    def _unregister(self) -> None:
+        while self._memory:
+            self._memory.popitem()[1].region.close()

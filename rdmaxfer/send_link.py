@@ -1,0 +1,270 @@
+"""The sender's side of a connection: writes frames into the receiver's ring. See `rdmaxfer.link` for the rules."""
+
+from __future__ import annotations
+
+from collections import deque
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+from rdmaxfer import frame as framing
+from rdmaxfer import inband
+from rdmaxfer.cm.messages import RingAddress
+from rdmaxfer.errors import FrameTooLarge, PeerLost, RdmaxferError, RemoteProtocolError
+from rdmaxfer.link import Completion, Link, send_depth
+from rdmaxfer.memory import Buffer
+from rdmaxfer.ring import SendRing
+
+if TYPE_CHECKING:
+    from rdmaxfer.fabric.verbs import Endpoint, ProtectionDomain
+    from rdmaxfer.staging import Source
+
+
+class _Posted:
+    """Work requests that were posted and not yet seen completed: up to which ordinal, which frame (-1: none), what they read."""
+
+    __slots__ = ("counted", "ordinal", "position", "source")
+
+    def __init__(self, ordinal: int, position: int, source: Source | None) -> None:
+        self.ordinal = ordinal
+        self.position = position
+        self.source = source
+        self.counted = False
+        """Whether `source.in_flight` counts this."""
+
+    def finish(self) -> None:
+        source = self.source
+        if source is not None and self.counted:
+            self.counted = False
+            source.in_flight -= 1
+            if not source.in_flight:
+                source.idle()
+
+
+class SendLink(Link):
+    """The sender's side: writes frames into the receiver's ring."""
+
+    def __init__(self, session: bytes, peer: str, endpoint: Endpoint, owned: ExitStack, pd: ProtectionDomain) -> None:
+        super().__init__(session, peer, endpoint, owned)
+        self.pd = pd
+        self.ring = SendRing(1)
+        self.remote: RingAddress | None = None
+        self.max_slot_bytes = 0
+        self.resize_wanted = 0
+        """Slot bytes asked for and not yet granted; 0 when no resize is under way."""
+        self.resize_error: RdmaxferError | None = None
+        self._credit_asked_at = 0
+        self.credits_received = 0
+        self.said_bye = False
+        self._headers = Buffer(0)
+        self._header_view = self._headers.view(0, 0)
+        self._header_lkey = 0
+        self._quarter = 1
+        self._depth = 0
+        self._unsignalled = 0
+        self._in_flight: deque[_Posted] = deque()
+        self._posted = 0
+        self._completed = 0
+        self._recvs_due: list[int] = []
+        self.latest_seq = -1
+        """Sequence number of the latest frame written."""
+        self.seqs: deque[int] = deque()
+        """Sequence numbers of frames written and not yet released, oldest first."""
+
+    def prepare(self, slots: int) -> None:
+        """Make room for `slots` frames on their way. Raises MemlockError, VerbsError."""
+        self.ring = SendRing(slots)
+        self._quarter = max(1, slots // 4)
+        self._depth = send_depth(slots)
+        # A header block for every slot of the ring: the headers differ by receiver, the payload is shared.
+        self._headers = Buffer(slots * framing.HEADER_ROOM)
+        self._header_view = self._headers.view(0, self._headers.nbytes)
+        region = self.pd.register(self._headers, remote_write=False)
+        self._owned.callback(region.close)
+        self._header_lkey = region.lkey
+
+    def set_remote(self, ring: RingAddress) -> None:
+        """The receiver's memory to write to from now on."""
+        if self.remote is not None and (ring.epoch != self.remote.epoch + 1 or ring.slots != self.remote.slots):
+            raise RemoteProtocolError("the receiver offered a ring that does not follow the one in use")
+        if ring.slots != self.ring.slots or ring.payload_offset != framing.HEADER_ROOM:
+            raise RemoteProtocolError("the receiver offered a ring that is not as agreed")
+        self.remote = ring
+        if self.resize_wanted and ring.slot_bytes >= self.resize_wanted:
+            self.resize_wanted = 0
+
+    @property
+    def slot_bytes(self) -> int:
+        return self.remote.slot_bytes if self.remote is not None else 0
+
+    def can_push(self, nbytes: int) -> bool:
+        """Whether a frame of `nbytes` could be written now."""
+        return self.ring.can_take() and self._room >= self.endpoint.wr_count(nbytes + framing.HEADER_ROOM)
+
+    @property
+    def _room(self) -> int:
+        return self._depth - (self._posted - self._completed)
+
+    def fits_queue(self, nbytes: int) -> bool:
+        """Whether a frame of `nbytes` is few enough work requests for the send queue at all."""
+        return self.endpoint.wr_count(nbytes + framing.HEADER_ROOM) <= self._depth
+
+    def push(
+        self,
+        kind: framing.FrameType,
+        source: Source,
+        address: int,
+        *,
+        seq: int,
+        captured_ns: int,
+        pushed_ns: int,
+        metadata: bytes,
+    ) -> None:
+        """Write one frame. The caller has seen `can_push`; failures end the link."""
+        remote = self.remote
+        assert remote is not None
+        ring = self.ring
+        position = ring.position
+        slot = position % remote.slots
+        end = (slot + 1) * framing.HEADER_ROOM
+        self.endpoint.clear_posted()
+        try:
+            lkey = source.lkey(self.pd) if kind.payload_bytes else 0
+            header_bytes = kind.pack_into(
+                self._header_view,
+                end,
+                epoch=remote.epoch,
+                slot=slot,
+                seq=seq,
+                position=position,
+                captured_ns=captured_ns,
+                pushed_ns=pushed_ns,
+                metadata=metadata,
+            )
+            signaled = self._record(self.endpoint.wr_count(header_bytes + kind.payload_bytes), position, source)
+            if not self.seqs or self.seqs[-1] != seq:
+                self.seqs.append(seq)
+            imm = inband.pack_frame_imm(remote.epoch, header_bytes, slot)
+            ring.take()
+            self.latest_seq = seq
+            self.endpoint.write(
+                self._headers.address + end - header_bytes,
+                header_bytes,
+                self._header_lkey,
+                address,
+                kind.payload_bytes,
+                lkey,
+                remote.address + slot * remote.slot_stride + framing.HEADER_ROOM - header_bytes,
+                remote.rkey,
+                imm,
+                self._posted,
+                signaled,
+            )
+        except RdmaxferError as error:
+            self._broke(error)
+        except BaseException:
+            if not self.endpoint.last_posted:
+                ring.position = position
+                self.latest_seq = -1
+            raise
+
+    def _record(self, wrs: int, position: int, source: Source | None, *, signaled: bool = False) -> bool:
+        """Note work requests about to be posted; says whether the last of them must be signalled."""
+        unsignalled = self._unsignalled + wrs
+        if not signaled:
+            signaled = (position + 1) % self._quarter == 0 or unsignalled * 4 >= self._depth
+        posted = _Posted(self._posted + wrs, position, source)
+        self._in_flight.append(posted)
+        if source is not None:
+            source.in_flight += 1
+            posted.counted = True
+        self._unsignalled = 0 if signaled else unsignalled
+        self._posted += wrs
+        return signaled
+
+    def _broke(self, error: RdmaxferError) -> None:
+        self.fail(PeerLost(f"the connection with {self.peer} broke: {error}"))
+
+    def fence(self) -> None:
+        """Make sure that the completion of everything posted so far will be seen: an empty, signalled WRITE ends the queue."""
+        if self._unsignalled and self.live and self._room:
+            self._record(1, -1, None, signaled=True)
+            try:
+                self.endpoint.write_empty(self._posted)
+            except RdmaxferError as error:
+                self._broke(error)
+
+    def ask_credit(self) -> None:
+        """Ask the receiver to tell at once what it releases, rather than to wait until a quarter of the ring has come together."""
+        if self._credit_asked_at != self.ring.position and self.live and self._write_imm(inband.pack_credit_imm()):
+            self._credit_asked_at = self.ring.position
+
+    def ask_resize(self, nbytes: int) -> bool:
+        """Ask the receiver, in band, for larger slots (it answers with RESIZE on its control socket). False: no room now."""
+        return self._write_imm(inband.pack_resize_imm(nbytes))
+
+    def say_bye(self) -> bool:
+        """Tell the receiver, in band and after all frames, that no more come. False while the send queue is full."""
+        if not self.said_bye and self.live:
+            self.said_bye = self._write_imm(inband.pack_bye_imm())
+            return self.said_bye
+        return True
+
+    def _write_imm(self, imm: int) -> bool:
+        if not self._room:
+            return False
+        self._record(1, -1, None, signaled=True)
+        try:
+            self.endpoint.write_imm(imm, self._posted)
+        except RdmaxferError as error:
+            self._broke(error)
+        return True
+
+    @property
+    def all_completed(self) -> bool:
+        return not self._in_flight
+
+    def _on_sent(self, wc: Completion) -> None:
+        while self._in_flight and self._in_flight[0].ordinal <= wc.wr_id:
+            posted = self._in_flight[0]
+            if posted.position >= 0:
+                self.ring.on_completed(posted.position)
+            self._completed = posted.ordinal
+            posted.finish()
+            self._in_flight.popleft()
+
+    def _on_recv(self, wc: Completion, tag: tuple[int, int]) -> None:
+        message = inband.unpack_message(self.endpoint.recv_payload(wc.wr_id, wc.byte_len))
+        if wc.wr_id not in self._recvs_due:
+            self._recvs_due.append(wc.wr_id)
+        if message.kind is inband.MessageKind.RESIZE_REFUSED:
+            self.refuse_resize(message.value)
+            return
+        self.ring.on_credit(message.value)
+        while len(self.seqs) > self.ring.outstanding:
+            self.seqs.popleft()
+        if message.kind is inband.MessageKind.BYE:
+            self.end()
+        else:
+            self.credits_received += 1
+
+    def refuse_resize(self, limit: int, error: RdmaxferError | None = None) -> None:
+        """The receiver can't give larger slots."""
+        self.resize_wanted = 0
+        self.resize_error = error or FrameTooLarge(
+            f"the receiver {self.peer} could not make room for larger frames: {limit} bytes is what it can take now.",
+            fix="give the receiver a larger max_frame_bytes, fewer slots, or a higher memlock limit (`ulimit -l`).",
+        )
+
+    def after_poll(self) -> None:
+        if self._recvs_due and self.live:
+            due, self._recvs_due = self._recvs_due, []
+            try:
+                self.endpoint.repost_recv(due)
+            except RdmaxferError as error:
+                self.fail(error)
+
+    def teardown(self, timeout_s: float) -> None:
+        super().teardown(timeout_s)
+        # The queue pair is gone: nothing reads from the memory any more.
+        while self._in_flight:
+            self._in_flight.popleft().finish()
