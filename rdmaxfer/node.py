@@ -1,20 +1,12 @@
-"""What `Sender` and `Receiver` share: lifecycle, bind and connect, links, waiting, threads, fork.
-
-Waiting goes by leader and follower. The one thread that polls (the leader) sleeps in the native core without the lock; nobody
-else polls meanwhile, so that completions are handled in their order. The others wait on the condition and look again when the
-leader has been woken. Every wait has a deadline or is cut in slices, so that Ctrl-C gets through.
-"""
+"""What `Sender` and `Receiver` share: lifecycle, bind and connect, links, fork. How they wait is in `waiting`."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import logging
-import math
 import os
 import socket
-import threading
-import time
 import warnings
 import weakref
 from collections import deque
@@ -31,23 +23,19 @@ from rdmaxfer.errors import (
     NotConnected,
     PeerLost,
     RdmaxferError,
-    TimeoutExpired,
 )
 from rdmaxfer.handshake import Acceptor, Connector
 from rdmaxfer.link import Link, LinkState
+from rdmaxfer.waiting import Deadline, Waiter
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
     from rdmaxfer.cm.control import BoundServer, Connection, Control
     from rdmaxfer.fabric.devices import Route
-    from rdmaxfer.fabric.poller import Poller
     from rdmaxfer.fabric.verbs import Domain
 
 log = logging.getLogger("rdmaxfer")
-
-SLICE_S = 0.1
-"""Longest uninterrupted sleep: Ctrl-C is noticed within this time even if the signal went to another thread."""
 
 CONNECT_GRACE_S = 5.0
 BYE_S = 1.0
@@ -72,31 +60,6 @@ def _mark_forked() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_mark_forked)
-
-
-class Deadline:
-    """When a call's `timeout` (seconds, None: never) is over. The clock is first read when there is something to wait for."""
-
-    __slots__ = ("_end_s", "_timeout_s")
-
-    def __init__(self, timeout: float | None) -> None:
-        if timeout is not None and not timeout >= 0:
-            raise ValueError(f"a timeout is a number of seconds of at least 0, or None for no limit, not {timeout!r}")
-        self._timeout_s = timeout
-        self._end_s: float | None = None
-
-    def left_s(self) -> float:
-        """Seconds left; infinite without a timeout."""
-        if self._timeout_s is None:
-            return math.inf
-        now_s = time.monotonic()
-        if self._end_s is None:
-            self._end_s = now_s + self._timeout_s
-        return self._end_s - now_s
-
-    def within(self, timeout_s: float) -> Deadline:
-        """A deadline in `timeout_s` seconds, or this one if it is earlier."""
-        return Deadline(max(0.0, min(timeout_s, self.left_s())))
 
 
 class Node(Generic[L]):
@@ -128,23 +91,14 @@ class Node(Generic[L]):
         self._gid_index = gid_index
         self._slots = slots
         self._slot_bytes = slot_bytes
-        self._spin_s = spin_s
         self.lease_s = lease_s
         self.name = f"{socket.gethostname()}/{os.getpid()}"[:128]
 
-        # Taken by `with self._lock`, in C. Not by `with self._cond`, which is Python: Ctrl-C in between would leave it locked.
-        self._lock = threading.RLock()
-        self._cond = threading.Condition(self._lock)
-        self._links: list[L] = []
+        self._waiter: Waiter[L] = Waiter(spin_s, check=self._check_usable, ended=self._drop_ended)
+        self._lock = self._waiter.lock
+        self._links = self._waiter.links
+        self._wait = self._waiter.wait
         self._opening: dict[bytes, L] = {}
-        self._polled: tuple[L, ...] = ()
-        """The links that the running or latest poll looks at; completions refer to them by index."""
-        self._leader = False
-        self._followers = 0
-        self._poller: Poller | None = None
-        self._poll_number = 0
-        self._dispatched = 0
-        """How many of the completions of the latest poll were handled."""
         self._domains: dict[str, Domain] = {}
         self._control: Control | None = None
         self._servers: list[BoundServer] = []
@@ -216,15 +170,13 @@ class Node(Generic[L]):
     def control_failed(self, error: BaseException) -> None:
         with self._lock:
             self._failure = error
-            self._wake()
+            self._waiter.wake()
 
     def _domain(self, route: Route) -> Domain:
-        from rdmaxfer.fabric.poller import Poller
         from rdmaxfer.fabric.verbs import Domain
 
         with self._lock:
-            if self._poller is None:
-                self._poller = Poller()
+            self._waiter.begin()
             domain = self._domains.get(route.device)
             if domain is None:
                 domain = self._domains[route.device] = Domain(route.device)
@@ -279,7 +231,7 @@ class Node(Generic[L]):
                 link.state = LinkState.READY
                 self._links.append(link)
                 log.info("connected with %s over verbs: %s", link.peer, link.reason)
-            self._wake()
+            self._waiter.wake()
 
     def _make_link(self, session: bytes, peer: str, domain: Domain, route: Route, owned: ExitStack) -> L:
         raise NotImplementedError
@@ -382,7 +334,7 @@ class Node(Generic[L]):
         if error is None:
             self._await_bye(link)
         with self._lock:
-            self._poll()  # what arrived before the end is not lost
+            self._waiter.poll()  # what arrived before the end is not lost
             self._opening.pop(link.session, None)
             self._connections.pop(link.session, None)
             if error is None:
@@ -393,7 +345,7 @@ class Node(Generic[L]):
                 self._links.remove(link)
                 if not self._closing:
                     self._note_end(link)
-            self._wake()
+            self._waiter.wake()
         self.retire(link)
 
     def _await_bye(self, link: L) -> None:
@@ -407,22 +359,9 @@ class Node(Generic[L]):
             self._opening.pop(link.session, None)
             if link in self._links:
                 self._links.remove(link)
-            while self._leader and link in self._polled:
-                self._wake()
-                self._follow(SLICE_S)
-            if self._poller is not None:
-                self._dispatch(self._poller)
+            self._waiter.leave_alone(link)
             link.teardown(TEARDOWN_S)
-            self._cond.notify_all()
-
-    # --- waiting -------------------------------------------------------------------------------------------------------
-
-    def _wake(self) -> None:
-        """Something changed: every waiting thread looks again. With the lock held."""
-        if self._leader and self._poller is not None:
-            self._poller.wake()
-        if self._followers:
-            self._cond.notify_all()
+            self._waiter.wake()
 
     def _check_usable(self) -> None:
         if self._forked:
@@ -434,98 +373,6 @@ class Node(Generic[L]):
             raise ClosedError(f"this {type(self).__name__} is closed.")
         if self._failure is not None:
             raise RdmaxferError("the control thread failed; this object can't go on.") from self._failure
-
-    def _watch(self, poller: Poller) -> None:
-        """Poll the links there are now. With the lock held, no leader, and the latest batch handled."""
-        if self._polled != tuple(self._links):
-            self._polled = tuple(self._links)
-            poller.watch([link.endpoint for link in self._polled])
-
-    def _dispatch(self, poller: Poller) -> None:
-        """Handle what the latest poll brought and was not handled yet. With the lock held, and no leader."""
-        count = poller.count
-        if count:
-            while self._dispatched < count:
-                wc = poller.completions[self._dispatched]
-                self._polled[wc.index].handle(wc, (self._poll_number, self._dispatched))
-                self._dispatched += 1
-            for link in self._polled:
-                if link.live:
-                    link.after_poll()
-            poller.clear()
-            self._dispatched = 0
-            self._poll_number += 1
-            for link in self._links:
-                if not link.live:
-                    self._drop_ended()
-                    break
-
-    def _poll(self) -> None:
-        """Poll without waiting, and handle. With the lock held; does nothing while a leader polls."""
-        poller = self._poller
-        if self._leader or poller is None:
-            return
-        self._dispatch(poller)
-        if self._links:
-            self._watch(poller)
-            poller.poll()
-            self._dispatch(poller)
-
-    def _wait(self, ready: Callable[[], T | None], deadline: Deadline, what: str) -> T:
-        """Poll and wait until `ready()`, called with the lock held, gives something. Raises TimeoutExpired, ClosedError..."""
-        with self._lock:
-            return self._wait_locked(ready, deadline, what)
-
-    def _wait_locked(self, ready: Callable[[], T | None], deadline: Deadline, what: str) -> T:
-        while True:
-            self._check_usable()
-            self._poll()
-            value = ready()
-            if value is not None:
-                return value
-            sleep_s = min(SLICE_S, deadline.left_s())
-            if sleep_s <= 0:
-                raise TimeoutExpired(f"{what} took longer than the timeout.")
-            if self._leader or not self._links or self._poller is None:
-                self._follow(sleep_s)
-            else:
-                self._lead(self._poller, sleep_s)
-
-    def _lead(self, poller: Poller, sleep_s: float) -> None:
-        """Sleep in the native core, without the lock, until there are completions; then handle them."""
-        self._watch(poller)
-        self._leader = True
-        try:
-            try:
-                self._lock.release()
-                poller.wait(self._spin_s, sleep_s)
-            finally:
-                self._acquire()
-        finally:
-            self._leader = False
-            if self._followers:
-                self._cond.notify_all()
-        self._dispatch(poller)
-
-    def _follow(self, sleep_s: float) -> None:
-        """Wait until somebody else has seen something change."""
-        self._followers += 1
-        try:
-            self._cond.wait(sleep_s)
-        finally:
-            self._followers -= 1
-            self._acquire()
-
-    def _acquire(self) -> None:
-        """Take the lock, if Ctrl-C has come between losing it and getting it back. Neither leave without it nor take it twice."""
-        interrupt: KeyboardInterrupt | None = None
-        while not self._lock._is_owned():  # type: ignore[attr-defined]  # what threading.Condition itself uses
-            try:
-                self._lock.acquire()
-            except KeyboardInterrupt as error:
-                interrupt = error
-        if interrupt is not None:
-            raise interrupt
 
     # --- the end -------------------------------------------------------------------------------------------------------
 
@@ -547,8 +394,8 @@ class Node(Generic[L]):
         finally:
             with self._lock:
                 self._closing = True
-                self._wake()
-                self._cond.notify_all()
+                self._waiter.wake()
+                self._waiter.wake()
             self._dismantle(deadline)
 
     def _say_goodbye(self, deadline: Deadline) -> None:
@@ -558,8 +405,7 @@ class Node(Generic[L]):
         with ExitStack() as stack:
             for domain in self._domains.values():
                 stack.callback(domain.close)
-            if self._poller is not None:
-                stack.callback(self._poller.close)
+            stack.callback(self._waiter.close)
             stack.callback(self._free_memory)
             stack.callback(self._retire_all)
             if self._control is not None:

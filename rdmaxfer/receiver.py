@@ -14,8 +14,9 @@ from rdmaxfer.cm.messages import Accept, Hello, Refuse, Resized, RingAddress
 from rdmaxfer.errors import ClosedError, EndOfStream, FrameTooLarge, RdmaxferError, RemoteProtocolError
 from rdmaxfer.lease import Frame, FrameLease
 from rdmaxfer.link import recv_depth, send_depth
-from rdmaxfer.node import Deadline, Node
+from rdmaxfer.node import Node
 from rdmaxfer.recv_link import RecvLink
+from rdmaxfer.waiting import Deadline
 
 if TYPE_CHECKING:
     from rdmaxfer.fabric.devices import Route

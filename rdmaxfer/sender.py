@@ -17,9 +17,10 @@ from rdmaxfer.frame import FrameType, encode_metadata, frame_type
 from rdmaxfer.inband import MESSAGE_BYTES
 from rdmaxfer.lease import Slot
 from rdmaxfer.link import recv_depth, send_depth
-from rdmaxfer.node import Deadline, Node
+from rdmaxfer.node import Node
 from rdmaxfer.send_link import SendLink
 from rdmaxfer.staging import Holder, Registration, Source, StagingPool, StagingSlot
+from rdmaxfer.waiting import Deadline
 
 if TYPE_CHECKING:
     from rdmaxfer.fabric.devices import Route
@@ -208,7 +209,7 @@ class Sender(Node[SendLink]):
                 return True
 
             try:
-                self._wait_locked(released, Deadline(timeout), "flushing")
+                self._waiter.wait_locked(released, Deadline(timeout), "flushing")
             except TimeoutExpired as error:
                 waiting = {link.peer: list(link.seqs) for link in self._links if link.ring.outstanding}
                 text = "; ".join(
@@ -246,7 +247,7 @@ class Sender(Node[SendLink]):
             staging = self._free_slot(kind.payload_bytes, holder)
             if staging is None:
                 self._waits += 1
-                staging = self._wait_locked(
+                staging = self._waiter.wait_locked(
                     lambda: self._free_slot(kind.payload_bytes, holder),
                     deadline,
                     "waiting for staging memory (all slots hold frames on their way, or are reserved)",
@@ -293,7 +294,7 @@ class Sender(Node[SendLink]):
         self._check_usable()
         if not self._can_push(kind.payload_bytes):
             self._waits += 1
-            self._wait_locked(
+            self._waiter.wait_locked(
                 lambda: self._can_push(kind.payload_bytes), deadline, "waiting for every receiver to have a free slot"
             )
         seq = self._seq
@@ -379,7 +380,7 @@ class Sender(Node[SendLink]):
                     link.fence()
                 return None
 
-            self._wait_locked(idle, Deadline(30.0), "waiting for the last push from a registered array")
+            self._waiter.wait_locked(idle, Deadline(30.0), "waiting for the last push from a registered array")
             self._registrations.remove(registration)
             registration.unregister()
 
@@ -432,7 +433,7 @@ class Sender(Node[SendLink]):
     def resize(self, link: SendLink, wanted_bytes: int, ring: RingAddress | None) -> None:
         self.use_ring(link, ring)
         with self._lock:
-            self._wake()
+            self._waiter.wake()
 
     def resize_answered(self, link: SendLink, answer: Resized | Refuse) -> None:
         with self._lock:
@@ -448,7 +449,7 @@ class Sender(Node[SendLink]):
             except RemoteProtocolError as error:
                 link.fail(error)
                 self._drop_ended()
-            self._wake()
+            self._waiter.wake()
 
     def wanted(self, link: SendLink) -> int:
         return link.resize_wanted
@@ -492,8 +493,10 @@ class Sender(Node[SendLink]):
             return
         with self._lock:
             try:
-                self._wait_locked(placed, deadline, "closing: waiting for the devices to confirm the last frames")
-                self._wait_locked(told, deadline.within(GOODBYE_S), "closing: saying goodbye")
+                self._waiter.wait_locked(
+                    placed, deadline, "closing: waiting for the devices to confirm the last frames"
+                )
+                self._waiter.wait_locked(told, deadline.within(GOODBYE_S), "closing: saying goodbye")
             finally:
                 lost = [loss for loss in self._losses if loss.unreleased]
                 self._losses.clear()

@@ -26,7 +26,8 @@ class Poller(Owner):
         module = native.extension()
         self._ffi, self._lib = module.ffi, module.lib
         self._max = max_completions
-        self._first = 0
+        self.turn = 0
+        """Number of the latest `poll` or `wait`."""
         self._set: tuple[tuple[Endpoint, ...], Any] = ((), self._ffi.new("rx_qp *[]", 0))
         self._array = self._ffi.new("rx_wc[]", max_completions)
         self._taken = self._ffi.new("int *")
@@ -63,9 +64,9 @@ class Poller(Owner):
         if self._state != "open":
             self._check_open()
         endpoints, qps = self._set
-        self._first += 1  # each endpoint is the first one in its turn, so that a busy one does not starve the others
+        self.turn += 1  # each endpoint is the first one in its turn, so that a busy one does not starve the others
         count: int = self._lib.rx_poll(
-            qps, len(endpoints), self._first & 0xFFFF, self._array, self._max, self._taken, self._error
+            qps, len(endpoints), self.turn & 0xFFFF, self._array, self._max, self._taken, self._error
         )
         if count < 0:
             native.check(count, self._error)
@@ -76,11 +77,11 @@ class Poller(Owner):
         if self._state != "open":
             self._check_open()
         endpoints, qps = self._set
-        self._first += 1
+        self.turn += 1
         count: int = self._lib.rx_wait(
             qps,
             len(endpoints),
-            self._first & 0xFFFF,
+            self.turn & 0xFFFF,
             self._wake_fd,
             int(spin_s * 1e9),
             -1 if timeout_s is None else max(0, int(timeout_s * 1e9)),

@@ -204,10 +204,10 @@ def test_a_frame_beyond_any_limit(shape: tuple[int, ...]) -> None:
 
 def test_memory_that_is_not_there_for_a_frame_within_the_limit() -> None:
     """More than this machine's address space has."""
-    with pair(receiver={"max_frame_bytes": 1 << 36, "slots": 2}) as (tx, rx):
+    with pair(receiver={"max_frame_bytes": messages.MAX_SLOT_BYTES, "slots": 2}) as (tx, rx):
         with promptly(), pytest.raises((rdmaxfer.RdmaxferError, MemoryError)):
-            tx.reserve((1 << 36,), np.uint8, timeout=5).discard()
-            tx.push(np.broadcast_to(np.uint8(1), (1 << 36,)), timeout=5)
+            tx.reserve((messages.MAX_SLOT_BYTES,), np.uint8, timeout=5).discard()
+            tx.push(np.broadcast_to(np.uint8(1), (messages.MAX_SLOT_BYTES,)), timeout=5)
         check_frames(tx, rx)
 
 
@@ -249,7 +249,6 @@ with rdmaxfer.Sender(slots=2) as tx:
     attempt(lambda: tx.push(np.zeros(1 << 20, np.uint8), timeout=30))
     attempt(lambda: tx.register(np.zeros(1 << 20, np.uint8)))
     attempt(lambda: tx.push(np.arange(10), timeout=30))
-    attempt(lambda: tx.flush(timeout=30))
 print(json.dumps(said))
 """
 
@@ -266,14 +265,13 @@ def test_a_memlock_limit_of_64_kib() -> None:
             timeout=TIMEOUT_S,
         )
         assert done.returncode == 0, done.stderr
-        connect, push, register, small, flush = json.loads(done.stdout)
+        connect, push, register, small = json.loads(done.stdout)
         assert connect[0] == "Refused"
         assert push[0] == register[0] == "MemlockError", (push, register)
         for _, message, fix in (connect, push, register):
             assert "`ulimit -l`: 64" in message
             assert "memlock unlimited" in fix
         assert small == ["", "", ""]
-        assert flush[0] == "TimeoutExpired" or flush == ["", "", ""]
         with rx.recv(timeout=TIMEOUT_S) as frame:
             assert frame.array.tolist() == list(range(10))
 

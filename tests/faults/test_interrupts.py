@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import TIMEOUT_S, Background, pair, rest, spawn, wait_until
+from helpers import TIMEOUT_S, Background, pair, rest, spawn
 
 import rdmaxfer
 
@@ -183,3 +183,58 @@ def test_ctrl_c_in_a_reserved_block() -> None:
             assert [value(rx) for _ in expected] == expected, f"after Ctrl-C at {at.where}"
             count = last + 1
             tx.flush(timeout=TIMEOUT_S)
+
+
+STORM = """
+import json, random, signal, sys, numpy as np, rdmaxfer
+random.seed(int(sys.argv[2]))
+armed = False
+def on_signal(*_):
+    global armed
+    if armed:
+        armed = False
+        raise KeyboardInterrupt
+signal.signal(signal.SIGALRM, on_signal)
+accepted, interrupted = {}, 0
+with rdmaxfer.Sender(slots=4) as tx:
+    tx.connect(sys.argv[1], timeout=60)
+    for number in range(400):
+        signal.setitimer(signal.ITIMER_REAL, random.expovariate(500) + 1e-6)
+        try:
+            armed = True
+            seq = tx.push(np.array([number]))
+            armed = False
+            accepted[number] = seq
+        except KeyboardInterrupt:
+            interrupted += 1
+    armed = False
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    tx.push(np.array([-1]), timeout=60)
+    tx.flush(timeout=60)
+print(json.dumps([accepted, interrupted]))
+"""
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_storm_of_signals_neither_loses_nor_doubles_what_push_accepted(seed: int) -> None:
+    with rdmaxfer.Receiver(slots=4) as rx:
+        process = spawn(STORM, rx.bind("tcp://127.0.0.1:*"), str(seed))
+        try:
+            got: dict[int, int] = {}
+            while True:
+                with rx.recv(timeout=TIMEOUT_S) as frame:
+                    number = int(frame.array[0])
+                    assert frame.seq == len(got), "a sequence number is missing or doubled"
+                    if number < 0:
+                        break
+                    assert number not in got
+                    assert number > max(got, default=-1)
+                    got[number] = frame.seq
+            out, err = rest(process)
+            assert process.returncode == 0, err
+            accepted, interrupted = json.loads(out)
+            assert {int(number): seq for number, seq in accepted.items()}.items() <= got.items()
+            assert interrupted > 5, "the storm was none"
+        finally:
+            process.kill()
+            process.communicate()

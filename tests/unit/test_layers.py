@@ -26,7 +26,7 @@ LAYERS = [
     ["rdmaxfer.lease", "rdmaxfer.staging"],
     ["rdmaxfer.link"],
     ["rdmaxfer.send_link", "rdmaxfer.recv_link"],
-    ["rdmaxfer.handshake"],
+    ["rdmaxfer.handshake", "rdmaxfer.waiting"],
     ["rdmaxfer.node"],
     ["rdmaxfer.receiver", "rdmaxfer.sender"],
     ["rdmaxfer"],
