@@ -172,7 +172,8 @@ class ClientSession:
         try:
             reply = decode(data)
         except RemoteProtocolError as error:
-            self._fail(RemoteProtocolError(f"{self._endpoint}: {error}"), now_s)
+            text = str(error).removesuffix(f" Fix: {error.fix}")
+            self._fail(RemoteProtocolError(f"{self._endpoint}: {text}", fix=error.fix), now_s)
             return
         # A refusal without a session answers something that could not be read.
         nameless = isinstance(reply, Refuse) and (reply.session, reply.request) == (NO_SESSION, 0)

@@ -14,6 +14,15 @@
 Importing this package loads neither pyverbs nor libibverbs: they are loaded at the first `bind` or `connect`.
 """
 
+try:
+    import rdmaxfer.cm  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ImportError(
+        "this is rdmaxfer's source folder, not the installed package: Python looks into the current folder (or the script's) "
+        "first. "
+        "Fix: run from another folder, or install the sources with `pip install -e .`"
+    ) from error
+
 from rdmaxfer.errors import (
     ClosedError,
     ConnectTimeout,
@@ -27,6 +36,7 @@ from rdmaxfer.errors import (
     LocalProtocolError,
     MemlockError,
     NoDevice,
+    NoMemory,
     NotConnected,
     PeerError,
     PeerLost,
@@ -59,6 +69,7 @@ __all__ = [
     "LocalProtocolError",
     "MemlockError",
     "NoDevice",
+    "NoMemory",
     "NotConnected",
     "PeerError",
     "PeerLost",

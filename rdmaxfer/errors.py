@@ -74,6 +74,10 @@ class VerbsError(DeviceError):
         self.errno = errno
 
 
+class NoMemory(DeviceError, MemoryError):
+    """The machine has no memory for slots of this size."""
+
+
 class MemlockError(VerbsError):
     """Memory could not be registered because of the limit on locked memory (`ulimit -l`)."""
 

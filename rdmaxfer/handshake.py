@@ -50,6 +50,14 @@ def refusal(message: Hello | Ready | Resize, code: RefuseCode, error: Exception 
     )
 
 
+def refused_for_fabric(hello: Hello, error: DeviceError) -> Refuse:
+    """This side can't do what the peer asks for: it has to be told to both, as the mending is to be done here."""
+    log.warning("%s was refused: %s", hello.name, error)
+    fix = f"on the peer's machine: {error.fix}" if error.fix else "look at the peer's own messages."
+    text = str(error).removesuffix(f" Fix: {error.fix}")
+    return refusal(hello, RefuseCode.FABRIC, DeviceError(f"the peer can't take part: {text}", fix=fix))
+
+
 class Acceptor(Generic[L]):
     """Answers the peers of one bound endpoint (`rdmaxfer.cm.protocol.ServerHandler`)."""
 
@@ -79,7 +87,7 @@ class Acceptor(Generic[L]):
                 )
             link = node.open_link(hello.session, hello.name, route)
         except DeviceError as error:
-            return refusal(hello, RefuseCode.FABRIC, error)
+            return refused_for_fabric(hello, error)
         try:
             mine = verbs_address(link.endpoint)
             slots, slot_bytes, max_slot_bytes = node.agree(hello)
@@ -90,7 +98,7 @@ class Acceptor(Generic[L]):
         except BaseException as error:
             node.retire(link)
             if isinstance(error, DeviceError):
-                return refusal(hello, RefuseCode.FABRIC, error)
+                return refused_for_fabric(hello, error)
             raise
         self._links[hello.session] = link
         return Accept(
@@ -128,6 +136,8 @@ class Acceptor(Generic[L]):
             return refusal(resize, RefuseCode.MALFORMED, error)
         except RdmaxferError as error:
             return refusal(resize, RefuseCode.FRAME_TOO_LARGE, error, limit=self._node.slot_limit(link))
+        if ring is None and resize.ring is None:
+            return refusal(resize, RefuseCode.BUSY, "the memory is being registered; ask again.")
         return Resized(session=session, request=resize.request, ring=ring)
 
     def wanted(self, session: bytes) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import enum
 import logging
+import threading
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Protocol
 
@@ -68,6 +69,8 @@ class Link:
         self.chosen_here = False
         """Whether this side asked for the connection (`connect`), rather than waited for it (`bind`)."""
         self.torn_down = False
+        self.work: threading.Thread | None = None
+        """Registers memory for this link beside the control thread; to be waited for before the end."""
         self._owned = owned
         self._handled = (-1, -1)
 

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rdmaxfer.errors import NoMemory
+
 
 class Buffer:
     """`nbytes` of zeroed, page-aligned, anonymous memory.
@@ -26,7 +28,12 @@ class Buffer:
         self.nbytes = nbytes
         # Shared, so that a forked child neither gets a copy nor, by copy-on-write, takes the pages away that the device
         # writes to.
-        self._map = mmap.mmap(-1, max(nbytes, 1))
+        try:
+            self._map = mmap.mmap(-1, max(nbytes, 1))
+        except (OSError, OverflowError, MemoryError) as error:
+            raise NoMemory(
+                f"{nbytes} bytes of memory can't be had: {error}.", fix="use fewer or smaller slots."
+            ) from error
         # The array made to ask for the address exports the mapping only until it is gone.
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
 

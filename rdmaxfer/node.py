@@ -19,6 +19,7 @@ from rdmaxfer.cm import messages
 from rdmaxfer.cm.endpoint import parse
 from rdmaxfer.errors import (
     ClosedError,
+    EndpointError,
     ForkedError,
     NotConnected,
     PeerLost,
@@ -80,10 +81,10 @@ class Node(Generic[L]):
     ) -> None:
         if not 1 <= slots <= 4096:
             raise ValueError(f"slots is a number from 1 to 4096, not {slots!r}")
-        if not 0 <= slot_bytes <= 1 << 40:
-            raise ValueError(f"slot_bytes is a number of bytes from 0 to 2**40, not {slot_bytes!r}")
-        if not lease_s >= 0.2:
-            raise ValueError(f"lease_s is a number of seconds of at least 0.2, not {lease_s!r}")
+        if not 0 <= slot_bytes <= messages.MAX_SLOT_BYTES:
+            raise ValueError(f"slot_bytes is a number of bytes from 0 to {messages.MAX_SLOT_BYTES}, not {slot_bytes!r}")
+        if not 0.2 <= lease_s <= messages.MAX_LEASE_S:
+            raise ValueError(f"lease_s is a number of seconds from 0.2 to {messages.MAX_LEASE_S:.0f}, not {lease_s!r}")
         if not 0 <= spin_s <= 1:
             raise ValueError(f"spin_s is a number of seconds from 0 to 1, not {spin_s!r}")
         self._device = device if device is not None else os.environ.get("RDMAXFER_DEVICE") or None
@@ -117,9 +118,12 @@ class Node(Generic[L]):
     def bind(self, endpoint: str) -> str:
         """Wait for peers at `endpoint`, e.g. "tcp://0.0.0.0:7471". May be called many times, and beside `connect`.
 
-        Returns the endpoint with the port that was really bound (port 0 or * takes a free one). Raises EndpointError.
+        Returns the endpoint with the port that was really bound (port 0 or * takes a free one). Raises EndpointError, and NoDevice
+        or VerbsUnavailable if no peer could be served.
         """
         self._check_usable()
+        parse(endpoint, bind=True)
+        self.route("127.0.0.1")  # without a device (or without the one named), waiting for peers would be in vain
         server = self._get_control().bind(endpoint, Acceptor(self), lease_s=self.lease_s, max_sessions=MAX_PEERS)
         self._servers.append(server)
         return server.endpoint
@@ -131,6 +135,7 @@ class Node(Generic[L]):
         MemlockError; after an error nothing is left behind.
         """
         self._check_usable()
+        Deadline(timeout)  # refuses what is no timeout
         deadline = Deadline(None if timeout is None else timeout + CONNECT_GRACE_S)
         host = parse(endpoint).host
         connector = Connector(self)
@@ -189,13 +194,19 @@ class Node(Generic[L]):
         from rdmaxfer.fabric import devices
         from rdmaxfer.fabric.route import local_ip_towards, resolve
 
+        peer_ip = resolve(host) if host is not None else None
+        if host is not None and peer_ip is None:
+            raise EndpointError(
+                f"the host name {host!r} is not known.",
+                fix="check its spelling, /etc/hosts and the name server, or use an address.",
+            )
         return devices.choose_gid(
             devices.list_devices(),
             device=self._device,
             port=self._port,
             gid_index=self._gid_index,
             local_ip=local_ip_towards(host) if host is not None else None,
-            peer_ip=resolve(host) if host is not None else None,
+            peer_ip=peer_ip,
             peer_gid=peer_gid,
         )
 
@@ -331,12 +342,19 @@ class Node(Generic[L]):
 
     def session_ended(self, link: L, error: RdmaxferError | None) -> None:
         """On the control thread: the control plane says that the peer is gone. `error` is None for a goodbye."""
-        if error is None:
-            self._await_bye(link)
         with self._lock:
             self._waiter.poll()  # what arrived before the end is not lost
             self._opening.pop(link.session, None)
             self._connections.pop(link.session, None)
+            if error is None and link.live and not self._closing and self._control is not None:
+                # What it wrote before is in our completion queue or just about to be, with a goodbye in band at the end. Wait
+                # for that, but not on this thread, nor for ever.
+                self._control.call_later(TEARDOWN_S, functools.partial(self._end_link, link, None))
+                return
+        self._end_link(link, error)
+
+    def _end_link(self, link: L, error: RdmaxferError | None) -> None:
+        with self._lock:
             if error is None:
                 link.end()
             else:
@@ -348,13 +366,10 @@ class Node(Generic[L]):
             self._waiter.wake()
         self.retire(link)
 
-    def _await_bye(self, link: L) -> None:
-        """The peer said goodbye on the control plane: what it wrote before is in our completion queue, or just about to be."""
-        with contextlib.suppress(RdmaxferError):
-            self._wait(lambda: None if link.live else True, Deadline(TEARDOWN_S), "a goodbye")
-
     def retire(self, link: L) -> None:
         """Destroy a link that nobody uses any more. Not with the lock held."""
+        if link.work is not None:
+            link.work.join()
         with self._lock:
             self._opening.pop(link.session, None)
             if link in self._links:
@@ -394,7 +409,6 @@ class Node(Generic[L]):
         finally:
             with self._lock:
                 self._closing = True
-                self._waiter.wake()
                 self._waiter.wake()
             self._dismantle(deadline)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from rdmaxfer.cm.messages import Accept, Hello, Refuse, Resized, RingAddress
+from rdmaxfer.cm.messages import MAX_SLOT_BYTES, Accept, Hello, Refuse, Resized, RingAddress
 from rdmaxfer.errors import ClosedError, EndOfStream, FrameTooLarge, RdmaxferError, RemoteProtocolError
 from rdmaxfer.lease import Frame, FrameLease
 from rdmaxfer.link import recv_depth, send_depth
@@ -24,10 +25,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("rdmaxfer")
 
+RESIZE_PATIENCE_S = 0.05
+"""How long a sender that asks for larger slots is kept waiting, before it is told to ask again."""
+
 CREDIT_S = 0.01
 """How long credit for a few slots is kept back, at the least, when the sender has not asked for it."""
 
-MAX_OFFERS = 2
+MAX_FIRST_RING_BYTES = 256 << 20
+"""A sender's wish for slots to begin with is granted up to this; if its frames need more, there will be a resize."""
+
+MAX_OFFERS = 4
 """Larger rings a sender may have asked for without using any: more would be memory for nothing."""
 
 
@@ -83,8 +90,11 @@ class Receiver(Node[RecvLink]):
         spin_s: float = 0.0,
         lease_s: float = 5.0,
     ) -> None:
-        if not slot_bytes <= max_frame_bytes <= 1 << 36:
-            raise ValueError(f"max_frame_bytes is a number of bytes from slot_bytes to 2**36, not {max_frame_bytes!r}")
+        if not 1 <= slot_bytes <= max_frame_bytes <= MAX_SLOT_BYTES:
+            raise ValueError(
+                f"1 <= slot_bytes <= max_frame_bytes <= {MAX_SLOT_BYTES} does not hold for slot_bytes={slot_bytes!r} and "
+                f"max_frame_bytes={max_frame_bytes!r}"
+            )
         super().__init__(
             device=device,
             port=port,
@@ -201,24 +211,51 @@ class Receiver(Node[RecvLink]):
         """Offer a bound sender the larger slots that it asked for, one ring at a time. With the lock held."""
         if link.resizing or link.wanted_bytes <= link.slot_bytes:
             return
+        connection = self._connections.get(link.session)
+        if connection is None:
+            return
+
+        def offer(outcome: RingAddress | RdmaxferError) -> None:
+            if isinstance(outcome, RingAddress):
+                connection.request_resize(outcome.slot_bytes, outcome)
+                return
+            log.warning("no room for the larger frames of %s: %s", link.peer, outcome)
+            with self._lock:
+                link.resizing = False
+                link.wanted_bytes = 0
+                link.refuse_resize()
+
+        self._grow(link, link.wanted_bytes, offer)
+
+    def _grow(self, link: RecvLink, wanted_bytes: int, done: Callable[[RingAddress | RdmaxferError], None]) -> None:
+        """Register a ring with larger slots, beside the control thread: that goes on to renew leases, which may not wait for
+        gigabytes to be registered. With the lock held."""
         link.resizing = True
+        # A little more than asked for, so that frames that grow slowly don't need a new ring each.
+        slot_bytes = min(self._max_frame_bytes, max(wanted_bytes, link.slot_bytes * 5 // 4))
 
-        def grow() -> None:
-            connection = self._connections.get(link.session)
-            if connection is None:
-                return
+        def work() -> None:
+            outcome: RingAddress | RdmaxferError
             try:
-                ring = self.resize(link, link.wanted_bytes, None)
-            except RdmaxferError as error:
-                log.warning("no room for the larger frames of %s: %s", link.peer, error)
+                if wanted_bytes > self._max_frame_bytes:
+                    raise FrameTooLarge(
+                        f"a frame of {wanted_bytes} bytes is above this receiver's limit of {self._max_frame_bytes}.",
+                        fix=f"Receiver(max_frame_bytes={wanted_bytes}) at the receiving end.",
+                    )
+                memory = link.new_memory(slot_bytes)
                 with self._lock:
-                    link.resizing = False
-                    link.wanted_bytes = 0
-                    link.refuse_resize()
+                    outcome = link.offer(memory)
+                    self._resizes += 1
+            except RdmaxferError as error:
+                outcome = error
+            except BaseException as error:
+                self.control_failed(error)
                 return
-            connection.request_resize(ring.slot_bytes, ring)
+            with contextlib.suppress(ClosedError):
+                done(outcome)
 
-        self._on_control(grow)
+        link.work = threading.Thread(target=work, name="rdmaxfer-register", daemon=True)
+        link.work.start()
 
     # --- what the handshake asks (rdmaxfer.handshake) -------------------------------------------------------------------
 
@@ -236,8 +273,9 @@ class Receiver(Node[RecvLink]):
         return self._slots, self._slot_bytes, self._max_frame_bytes
 
     def agree(self, hello: Hello) -> tuple[int, int, int]:
-        slot_bytes = min(max(self._slot_bytes, hello.slot_bytes), self._max_frame_bytes)
-        return min(self._slots, hello.slots), slot_bytes, self._max_frame_bytes
+        slots = min(self._slots, hello.slots)
+        wish = min(hello.slot_bytes, self._max_frame_bytes, MAX_FIRST_RING_BYTES // slots)
+        return slots, max(self._slot_bytes, wish), self._max_frame_bytes
 
     def check_agreed(self, accept: Accept) -> None:
         if accept.ring is not None:
@@ -252,21 +290,27 @@ class Receiver(Node[RecvLink]):
         if ring is not None:
             raise RemoteProtocolError("a sender offered a ring")
 
-    def resize(self, link: RecvLink, wanted_bytes: int, ring: RingAddress | None) -> RingAddress:
+    def resize(self, link: RecvLink, wanted_bytes: int, ring: RingAddress | None) -> RingAddress | None:
         if ring is not None:
             raise RemoteProtocolError("a sender offered a ring")
-        if wanted_bytes > self._max_frame_bytes:
-            raise FrameTooLarge(
-                f"a frame of {wanted_bytes} bytes is above this receiver's limit of {self._max_frame_bytes}.",
-                fix=f"Receiver(max_frame_bytes={wanted_bytes}) at the receiving end.",
-            )
+
+        def keep(outcome: RingAddress | RdmaxferError) -> None:
+            with self._lock:
+                link.grown = outcome
+                link.resizing = False
+
         with self._lock:
-            if link.offers_open >= MAX_OFFERS:
-                raise RemoteProtocolError("the sender asks for one larger ring after another and uses none")
-            # A little more than asked for, so that frames that grow slowly don't need a new ring each.
-            slot_bytes = min(self._max_frame_bytes, max(wanted_bytes, link.slot_bytes * 5 // 4))
-            self._resizes += 1
-            return link.make_larger_ring(slot_bytes)
+            if not link.resizing and link.grown is None:
+                if link.offers_open >= MAX_OFFERS:
+                    raise FrameTooLarge("the sender asked for one larger ring after another, and has not used any.")
+                self._grow(link, wanted_bytes, keep)
+        if link.work is not None:
+            link.work.join(RESIZE_PATIENCE_S)
+        with self._lock:
+            outcome, link.grown = link.grown, None
+        if isinstance(outcome, RdmaxferError):
+            raise outcome
+        return outcome
 
     def resize_answered(self, link: RecvLink, answer: Resized | Refuse) -> None:
         if isinstance(answer, Refuse):

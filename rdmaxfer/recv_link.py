@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rdmaxfer.fabric.verbs import Endpoint, ProtectionDomain
 
 
-class _RingMemory:
+class RingMemory:
     """The memory of one epoch of a receiver's ring."""
 
     __slots__ = ("buffer", "region", "slot_bytes", "stride", "view")
@@ -59,11 +59,13 @@ class RecvLink(Link):
         self.writes_received = 0
         self.credits_sent = 0
         self.resizing = False
-        """Whether a larger ring is being offered to a bound sender."""
+        """Whether a larger ring is being registered, or offered to a bound sender."""
+        self.grown: RingAddress | RdmaxferError | None = None
+        """What a connecting sender is to be told at its next RESIZE."""
         self.wanted_bytes = 0
         """The latest slot size that the sender asked for in band, or by its answer to RENEW."""
         self._inbox = inbox
-        self._memory: dict[int, _RingMemory] = {}
+        self._memory: dict[int, RingMemory] = {}
         self._depth = 0
         self._unsignalled = 0
         self._sent = 0
@@ -77,16 +79,18 @@ class RecvLink(Link):
         owned.callback(self._unregister)
 
     def make_ring(self, slots: int, slot_bytes: int) -> RingAddress:
-        """Register the first ring. Raises MemlockError, VerbsError."""
+        """Register the first ring. Raises NoMemory, MemlockError, VerbsError."""
         self.ring = RecvRing(slots)
         self._depth = send_depth(slots)
-        return self._offer(0, slot_bytes)
+        return self._address(0, self.new_memory(slot_bytes))
 
-    def make_larger_ring(self, slot_bytes: int) -> RingAddress:
-        """Register a ring with larger slots beside those in use; the sender turns to it with its next frame."""
-        address = self._offer(self.ring.spare_epoch + 1, slot_bytes)
-        self.ring.offer()
-        return address
+    def new_memory(self, slot_bytes: int) -> RingMemory:
+        """Memory for a ring with such slots. Takes long if it is large; needs no lock."""
+        return RingMemory(self.pd, self.ring.slots, slot_bytes)
+
+    def offer(self, memory: RingMemory) -> RingAddress:
+        """A ring with larger slots, beside those in use; the sender turns to it with its next frame."""
+        return self._address(self.ring.offer(), memory)
 
     @property
     def offers_open(self) -> int:
@@ -98,14 +102,13 @@ class RecvLink(Link):
         """Payload bytes that a slot of the newest ring holds."""
         return self._memory[max(self._memory)].slot_bytes if self._memory else 0
 
-    def _offer(self, epoch: int, slot_bytes: int) -> RingAddress:
-        memory = _RingMemory(self.pd, self.ring.slots, slot_bytes)
+    def _address(self, epoch: int, memory: RingMemory) -> RingAddress:
         self._memory[epoch] = memory
         return RingAddress(
             address=memory.buffer.address,
             rkey=memory.region.rkey,
             slots=self.ring.slots,
-            slot_bytes=slot_bytes,
+            slot_bytes=memory.slot_bytes,
             slot_stride=memory.stride,
             payload_offset=framing.HEADER_ROOM,
             epoch=epoch,

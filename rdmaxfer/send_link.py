@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rdmaxfer import frame as framing
 from rdmaxfer import inband
 from rdmaxfer.cm.messages import RingAddress
-from rdmaxfer.errors import FrameTooLarge, PeerLost, RdmaxferError, RemoteProtocolError
+from rdmaxfer.errors import DeviceError, FrameTooLarge, PeerLost, RdmaxferError, RemoteProtocolError
 from rdmaxfer.link import Completion, Link, send_depth
 from rdmaxfer.memory import Buffer
 from rdmaxfer.ring import SendRing
@@ -88,9 +88,12 @@ class SendLink(Link):
             raise RemoteProtocolError("the receiver offered a ring that does not follow the one in use")
         if ring.slots != self.ring.slots or ring.payload_offset != framing.HEADER_ROOM:
             raise RemoteProtocolError("the receiver offered a ring that is not as agreed")
+        if ring.slot_bytes < self.resize_wanted:
+            raise RemoteProtocolError(
+                f"the receiver offered slots of {ring.slot_bytes} bytes; {self.resize_wanted} were asked for"
+            )
         self.remote = ring
-        if self.resize_wanted and ring.slot_bytes >= self.resize_wanted:
-            self.resize_wanted = 0
+        self.resize_wanted = 0
 
     @property
     def slot_bytes(self) -> int:
@@ -159,7 +162,7 @@ class SendLink(Link):
                 self._posted,
                 signaled,
             )
-        except RdmaxferError as error:
+        except DeviceError as error:
             self._broke(error)
         except BaseException:
             if not self.endpoint.last_posted:
@@ -190,7 +193,7 @@ class SendLink(Link):
             self._record(1, -1, None, signaled=True)
             try:
                 self.endpoint.write_empty(self._posted)
-            except RdmaxferError as error:
+            except DeviceError as error:
                 self._broke(error)
 
     def ask_credit(self) -> None:
@@ -215,7 +218,7 @@ class SendLink(Link):
         self._record(1, -1, None, signaled=True)
         try:
             self.endpoint.write_imm(imm, self._posted)
-        except RdmaxferError as error:
+        except DeviceError as error:
             self._broke(error)
         return True
 
@@ -260,7 +263,7 @@ class SendLink(Link):
             due, self._recvs_due = self._recvs_due, []
             try:
                 self.endpoint.repost_recv(due)
-            except RdmaxferError as error:
+            except DeviceError as error:
                 self.fail(error)
 
     def teardown(self, timeout_s: float) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rdmaxfer.cm.messages import MAX_SLOT_BYTES, Accept, Hello, Refuse, RefuseCode, Resized, RingAddress
-from rdmaxfer.errors import FrameTooLarge, PeerLost, RdmaxferError, RemoteProtocolError, TimeoutExpired
+from rdmaxfer.errors import FrameError, FrameTooLarge, PeerLost, RdmaxferError, RemoteProtocolError, TimeoutExpired
 from rdmaxfer.frame import FrameType, encode_metadata, frame_type
 from rdmaxfer.inband import MESSAGE_BYTES
 from rdmaxfer.lease import Slot
@@ -25,6 +25,9 @@ from rdmaxfer.waiting import Deadline
 if TYPE_CHECKING:
     from rdmaxfer.fabric.devices import Route
     from rdmaxfer.fabric.verbs import Domain, ProtectionDomain
+
+RESIZE_RETRY_S = 0.02
+"""How long to leave a receiver that is registering memory for larger slots alone."""
 
 GOODBYE_S = 1.0
 """How long `close` waits for the receivers' devices to confirm BYE."""
@@ -125,6 +128,7 @@ class Sender(Node[SendLink]):
         data = np.asanyarray(array)
         kind = frame_type(data.shape, data.dtype)
         packed = encode_metadata(metadata) if metadata else b""
+        captured_ns = _nanoseconds(captured_ns)
         deadline = Deadline(timeout)
         if self._registrations and data.flags.c_contiguous and data.nbytes:
             address = data.__array_interface__["data"][0]
@@ -133,7 +137,7 @@ class Sender(Node[SendLink]):
                 if source is not None:
                     source.in_flight += 1  # keeps it registered while we wait
                     try:
-                        return self._push(kind, source, address, packed, captured_ns or 0, deadline)
+                        return self._push(kind, source, address, packed, captured_ns, deadline)
                     finally:
                         source.in_flight -= 1
         holder = Holder()
@@ -141,7 +145,7 @@ class Sender(Node[SendLink]):
         try:
             _copy(data, staging)
             with self._lock:
-                seq = self._push(kind, staging, staging.address, packed, captured_ns or 0, deadline)
+                seq = self._push(kind, staging, staging.address, packed, captured_ns, deadline)
                 self._copied += 1
                 return seq
         finally:
@@ -279,7 +283,7 @@ class Sender(Node[SendLink]):
         kind = frame_type(array.shape, array.dtype)
         packed = encode_metadata(metadata) if metadata else b""
         with self._lock:
-            seq = self._push(kind, staging, staging.address, packed, captured_ns, Deadline(timeout))
+            seq = self._push(kind, staging, staging.address, packed, _nanoseconds(captured_ns), Deadline(timeout))
             staging.let_go()
             return seq
 
@@ -292,11 +296,16 @@ class Sender(Node[SendLink]):
     ) -> int:
         """Write the frame to all receivers at once, or to none. With the lock held."""
         self._check_usable()
+        if self._seq & 7 == 0:
+            self._waiter.poll()  # to notice receivers that have left
         if not self._can_push(kind.payload_bytes):
             self._waits += 1
-            self._waiter.wait_locked(
-                lambda: self._can_push(kind.payload_bytes), deadline, "waiting for every receiver to have a free slot"
+            what = (
+                "waiting for every receiver to have a free slot" if self._links else "waiting for a receiver to connect"
             )
+            self._waiter.wait_locked(lambda: self._can_push(kind.payload_bytes), deadline, what)
+        for link in self._links:
+            source.lkey(link.pd)  # registers what is not yet: an error here is the caller's, and nothing was sent
         seq = self._seq
         pushed_ns = time.time_ns()
         interrupt: KeyboardInterrupt | None = None
@@ -358,7 +367,7 @@ class Sender(Node[SendLink]):
         if link.resize_error is not None:
             error, link.resize_error = link.resize_error, None
             raise error
-        if link.resize_wanted >= nbytes:
+        if link.resize_wanted:
             return
         connection = self._connections.get(link.session)
         if connection is not None:
@@ -436,6 +445,9 @@ class Sender(Node[SendLink]):
             self._waiter.wake()
 
     def resize_answered(self, link: SendLink, answer: Resized | Refuse) -> None:
+        if isinstance(answer, Refuse) and answer.code == RefuseCode.BUSY:
+            self._ask_again(link)
+            return
         with self._lock:
             try:
                 if isinstance(answer, Resized):
@@ -450,6 +462,17 @@ class Sender(Node[SendLink]):
                 link.fail(error)
                 self._drop_ended()
             self._waiter.wake()
+
+    def _ask_again(self, link: SendLink) -> None:
+        """On the control thread: the receiver is still registering memory."""
+
+        def ask() -> None:
+            connection = self._connections.get(link.session)
+            if connection is not None and link.resize_wanted:
+                connection.request_resize(link.resize_wanted, None)
+
+        if self._control is not None:
+            self._control.call_later(RESIZE_RETRY_S, ask)
 
     def wanted(self, link: SendLink) -> int:
         return link.resize_wanted
@@ -523,3 +546,14 @@ def _copy(data: np.ndarray[Any, Any], staging: StagingSlot) -> None:
     if data.dtype.fields is not None:
         target.reshape(-1).view(np.uint8)[...] = 0  # nothing of an earlier frame is to show through the padding
     np.copyto(target, data, casting="no")
+
+
+def _nanoseconds(captured_ns: int | None) -> int:
+    if captured_ns is None:
+        return 0
+    if not isinstance(captured_ns, (int, np.integer)) or not -(1 << 63) <= captured_ns < 1 << 63:
+        raise FrameError(
+            f"captured_ns is a whole number of nanoseconds since 1970 that fits in 64 bits, not {captured_ns!r}.",
+            fix="pass time.time_ns(), or int(seconds * 1e9).",
+        )
+    return int(captured_ns)

@@ -168,15 +168,22 @@ class Waiter(Generic[L]):
         self._watch(poller)
         self._leader = True
         try:
-            try:
-                self.lock.release()
-                poller.wait(self._spin_s, sleep_s)
-            finally:
-                self._acquire()
+            self.lock.release()
+            poller.wait(self._spin_s, sleep_s)
         finally:
+            interrupt = None
+            while True:  # not in a function of its own: Ctrl-C could come as it is called
+                try:
+                    if self.lock._is_owned():  # type: ignore[attr-defined]  # what threading.Condition itself uses
+                        break
+                    self.lock.acquire()
+                except KeyboardInterrupt as error:
+                    interrupt = error
             self._leader = False
             if self._followers:
                 self._condition.notify_all()
+            if interrupt is not None:
+                raise interrupt
 
     def _follow(self, sleep_s: float) -> None:
         """Wait until somebody else has seen something change."""
@@ -185,15 +192,13 @@ class Waiter(Generic[L]):
             self._condition.wait(sleep_s)
         finally:
             self._followers -= 1
-            self._acquire()
-
-    def _acquire(self) -> None:
-        """Take the lock, if Ctrl-C has come between losing it and getting it back. Neither leave without it nor take it twice."""
-        interrupt: KeyboardInterrupt | None = None
-        while not self.lock._is_owned():  # type: ignore[attr-defined]  # what threading.Condition itself uses
-            try:
-                self.lock.acquire()
-            except KeyboardInterrupt as error:
-                interrupt = error
-        if interrupt is not None:
-            raise interrupt
+            interrupt = None
+            while True:
+                try:
+                    if self.lock._is_owned():  # type: ignore[attr-defined]
+                        break
+                    self.lock.acquire()
+                except KeyboardInterrupt as error:
+                    interrupt = error
+            if interrupt is not None:
+                raise interrupt

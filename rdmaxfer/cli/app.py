@@ -63,7 +63,13 @@ def layout(text: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     try:
-        args = make_parser().parse_args(argv)
+        parser = make_parser()
+        args, rest = parser.parse_known_args(argv)
+        # argparse takes no sources at all where an option stands between the endpoint and them.
+        if rest and (not hasattr(args, "sources") or any(each.startswith("-") for each in rest)):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        if rest:
+            args.sources += rest
     except SystemExit as stop:  # --help, or argparse has explained what is wrong
         return stop.code if isinstance(stop.code, int) else 2
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="rdmaxfer: %(message)s")

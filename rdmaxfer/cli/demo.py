@@ -59,7 +59,11 @@ def run(args: argparse.Namespace) -> int:
     )
     kind = counters.driver(route.device)
     print(f"device:    {route.device}, {kind}; port {route.port}, {route.link_layer}, {route.gid_type}", flush=True)
-    save = args.save or str(Path(tempfile.mkdtemp(prefix="rdmaxfer-demo-")) / "received.jpg")
+    save = (
+        str(Path(args.save).resolve())
+        if args.save
+        else str(Path(tempfile.mkdtemp(prefix="rdmaxfer-demo-")) / "received.jpg")
+    )
     with _start_receiver(args, save) as child:
         try:
             code = _run_with(child, args, files, route)
@@ -95,7 +99,8 @@ def _start_receiver(args: argparse.Namespace, save: str) -> subprocess.Popen[str
         "save": save,
     }
     command = [sys.executable, "-m", RECEIVER, json.dumps(wishes)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    # Elsewhere than here: with -m, Python would look into the current folder first, and find the sources in a checkout.
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd="/")
 
 
 def _answer(child: subprocess.Popen[str]) -> dict[str, Any]:
