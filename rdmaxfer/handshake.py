@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from rdmaxfer.cm import messages
 from rdmaxfer.cm.messages import Accept, Hello, Ready, Refuse, RefuseCode, Resize, Resized, RingAddress, Started
-from rdmaxfer.errors import DeviceError, NoDevice, PeerLost, RdmaxferError, Refused, RemoteProtocolError
+from rdmaxfer.errors import ClosedError, DeviceError, NoDevice, PeerLost, RdmaxferError, Refused, RemoteProtocolError
 from rdmaxfer.fabric.devices import ETHERNET
 from rdmaxfer.fabric.route import gid_to_ip
 from rdmaxfer.link import Link, LinkState
@@ -88,6 +88,8 @@ class Acceptor(Generic[L]):
             link = node.open_link(hello.session, hello.name, route)
         except DeviceError as error:
             return refused_for_fabric(hello, error)
+        except ClosedError:
+            return refusal(hello, RefuseCode.CLOSING, "this side is closing.")
         try:
             mine = verbs_address(link.endpoint)
             slots, slot_bytes, max_slot_bytes = node.agree(hello)
@@ -158,25 +160,26 @@ class Connector(Generic[L]):
     """Drives one `connect` (`rdmaxfer.cm.protocol.ClientHandler`)."""
 
     hello: Hello
-    link: L
 
     def __init__(self, node: Node[L]) -> None:
         self._node = node
+        self.session = secrets.token_bytes(16)
+        self.link: L | None = None
         self._error: RdmaxferError | None = None
         self._ended = False
 
     def prepare(self, host: str) -> None:
         """Make the queue pair, on the caller's thread. Raises NoDevice, VerbsUnavailable, VerbsError."""
         node = self._node
-        session = secrets.token_bytes(16)
-        self.link = node.open_link(session, host, node.route(host))
-        self.link.chosen_here = True
+        link = node.open_link(self.session, host, node.route(host))
+        link.chosen_here = True
+        self.link = link
         slots, slot_bytes, max_slot_bytes = node.wishes()
         self.hello = Hello(
-            session=session,
+            session=self.session,
             request=1,
             role=node.role,
-            fabrics=(verbs_address(self.link.endpoint),),
+            fabrics=(verbs_address(link.endpoint),),
             slots=slots,
             slot_bytes=slot_bytes,
             max_slot_bytes=max_slot_bytes,
@@ -188,12 +191,15 @@ class Connector(Generic[L]):
         """True once connected, None while under way; raises what ended the attempt. With the node's lock held."""
         if self._error is not None:
             raise self._error
-        if self.link.state is not LinkState.OPENING:
-            return True
-        return None
+        return None if self._link.state is LinkState.OPENING else True
+
+    @property
+    def _link(self) -> L:
+        assert self.link is not None, "prepare() comes first"
+        return self.link
 
     def accepted(self, accept: Accept) -> RingAddress | None:
-        node, link = self._node, self.link
+        node, link = self._node, self._link
         if accept.role == node.role:
             raise Refused(f"both sides are a {node.role}.", code=RefuseCode.ROLE.value)
         mine = verbs_address(link.endpoint)
@@ -215,17 +221,17 @@ class Connector(Generic[L]):
         return ring
 
     def started(self) -> None:
-        self._node.activate(self.link)
+        self._node.activate(self._link)
 
     def resized(self, answer: Resized | Refuse) -> None:
-        self._node.resize_answered(self.link, answer)
+        self._node.resize_answered(self._link, answer)
 
     def renewed(self, wanted_bytes: int) -> None:
-        self._node.renewed(self.link, wanted_bytes)
+        self._node.renewed(self._link, wanted_bytes)
 
     def ended(self, error: RdmaxferError | None) -> None:
         """The session is over; called once."""
         self._ended = True
-        if self.link.state is LinkState.OPENING:
-            self._error = error or PeerLost(f"{self.link.peer} ended the connection during the handshake.")
-        self._node.session_ended(self.link, error)
+        if self._link.state is LinkState.OPENING:
+            self._error = error or PeerLost(f"{self._link.peer} ended the connection during the handshake.")
+        self._node.session_ended(self._link, error)

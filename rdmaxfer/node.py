@@ -10,7 +10,7 @@ import socket
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -41,6 +41,9 @@ log = logging.getLogger("rdmaxfer")
 CONNECT_GRACE_S = 5.0
 BYE_S = 1.0
 """How long to wait for the peer's answer to BYE."""
+
+MAKING_S = 10.0
+"""How long `close` waits for a `connect` or `bind` of another thread that is in the middle of making something."""
 
 MAX_PEERS = 1024
 """Peers that one bound endpoint takes."""
@@ -104,6 +107,7 @@ class Node(Generic[L]):
         self._control: Control | None = None
         self._servers: list[BoundServer] = []
         self._connections: dict[bytes, Connection] = {}
+        self._makers = 0
         self._losses: deque[PeerLost] = deque()
         self._ends = 0
         self._peers_lost = 0
@@ -121,11 +125,11 @@ class Node(Generic[L]):
         Returns the endpoint with the port that was really bound (port 0 or * takes a free one). Raises EndpointError, and NoDevice
         or VerbsUnavailable if no peer could be served.
         """
-        self._check_usable()
         parse(endpoint, bind=True)
-        self.route("127.0.0.1")  # without a device (or without the one named), waiting for peers would be in vain
-        server = self._get_control().bind(endpoint, Acceptor(self), lease_s=self.lease_s, max_sessions=MAX_PEERS)
-        self._servers.append(server)
+        with self._making():
+            self.route("127.0.0.1")  # without a device (or without the one named), waiting for peers would be in vain
+            server = self._get_control().bind(endpoint, Acceptor(self), lease_s=self.lease_s, max_sessions=MAX_PEERS)
+            self._servers.append(server)
         return server.endpoint
 
     def connect(self, endpoint: str, timeout: float | None = 30.0) -> None:
@@ -134,27 +138,40 @@ class Node(Generic[L]):
         May be called many times, and beside `bind`. Raises EndpointError, ConnectTimeout, Refused, NoDevice, VerbsUnavailable,
         MemlockError; after an error nothing is left behind.
         """
-        self._check_usable()
         Deadline(timeout)  # refuses what is no timeout
         deadline = Deadline(None if timeout is None else timeout + CONNECT_GRACE_S)
         host = parse(endpoint).host
         connector = Connector(self)
-        connector.prepare(host)
         try:
-            self._connections[connector.link.session] = self._get_control().connect(
-                endpoint,
-                connector.hello,
-                connector,
-                timeout_s=timeout,
-            )
+            with self._making():
+                connector.prepare(host)
+                self._connections[connector.session] = self._get_control().connect(
+                    endpoint, connector.hello, connector, timeout_s=timeout
+                )
             # The session has the deadline, and knows better what it waited for when it ran out.
             self._wait(connector.outcome, deadline, f"connecting to {endpoint}")
         except BaseException:
-            connection = self._connections.pop(connector.link.session, None)
+            connection = self._connections.pop(connector.session, None)
             if connection is not None and not connection.ended:
-                connection.bye("gave up", BYE_S)
-            self.retire(connector.link)
+                with contextlib.suppress(ClosedError):
+                    connection.bye("gave up", BYE_S)
+            link = connector.link or self._opening.get(connector.session)
+            if link is not None:
+                self.retire(link)
             raise
+
+    @contextlib.contextmanager
+    def _making(self) -> Iterator[None]:
+        """Something is being made that `close` has to find, in whatever thread."""
+        with self._lock:
+            self._check_usable()
+            self._makers += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._makers -= 1
+                self._waiter.wake()
 
     def wait_for_peers(self, count: int = 1, timeout: float | None = None) -> None:
         """Wait until at least `count` peers are connected. Raises TimeoutExpired."""
@@ -212,13 +229,12 @@ class Node(Generic[L]):
 
     def open_link(self, session: bytes, peer: str, route: Route) -> L:
         """A link with a queue pair in RESET."""
-        domain = self._domain(route)
-        with ExitStack() as stack:
-            link = self._make_link(session, peer, domain, route, stack)
+        with self._making(), ExitStack() as stack:
+            link = self._make_link(session, peer, self._domain(route), route, stack)
             link.reason = route.reason
+            with self._lock:
+                self._opening[session] = link
             stack.pop_all()  # the link owns it all from here on
-        with self._lock:
-            self._opening[session] = link
         return link
 
     def prepare_link(
@@ -410,6 +426,7 @@ class Node(Generic[L]):
             with self._lock:
                 self._closing = True
                 self._waiter.wake()
+                self._waiter.rest(lambda: not self._makers, MAKING_S)
             self._dismantle(deadline)
 
     def _say_goodbye(self, deadline: Deadline) -> None:

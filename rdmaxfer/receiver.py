@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("rdmaxfer")
 
+GOODBYE_S = 1.0
+"""How long `close` waits for the senders' devices to confirm BYE."""
+
 RESIZE_PATIENCE_S = 0.05
 """How long a sender that asks for larger slots is kept waiting, before it is told to ask again."""
 
@@ -125,10 +128,20 @@ class Receiver(Node[RecvLink]):
         Raises TimeoutExpired; EndOfStream when every sender that this receiver connected to has said goodbye (a bound receiver
         waits for the next one); PeerLost, once, when a connection made by `connect` broke; NotConnected; ClosedError.
         """
-        frame = self._wait(self._take, Deadline(timeout), "waiting for a frame")
-        self._frames += 1
-        self._bytes += frame.nbytes
-        return frame
+        entry: tuple[tuple[int, int], Frame] | None = None
+        try:
+            with self._lock:
+                entry = self._waiter.wait_locked(self._next, Deadline(timeout), "waiting for a frame")
+                self._ready.popleft()
+                self._frames += 1
+                self._bytes += entry[1].nbytes
+            return entry[1]
+        except BaseException:
+            if entry is not None:  # Ctrl-C: the frame is not lost
+                with self._lock:
+                    if all(other is not entry for other in self._ready):
+                        self._ready.appendleft(entry)
+            raise
 
     def __iter__(self) -> Iterator[Frame]:
         """Frames until the end of the stream (see `recv`), or until this receiver is closed."""
@@ -139,14 +152,14 @@ class Receiver(Node[RecvLink]):
                 return
             yield frame
 
-    def _take(self) -> Frame | None:
+    def _next(self) -> tuple[tuple[int, int], Frame] | None:
         for link in self._links:
             if link.abandoned:
                 link.collect()
                 if link.credit_kept and not self._ticking:
                     self._tick_later()
         if self._ready:
-            return self._ready.popleft()[1]
+            return self._ready[0]
         if self._ends and not self._links and not self._servers and not self._opening and not self._losses:
             raise EndOfStream("every sender has said goodbye, and all their frames were received.")
         self._check_connected()
@@ -345,6 +358,13 @@ class Receiver(Node[RecvLink]):
             for link in [*self._links, *self._draining, *self._opening.values()]:
                 link.revoke_leases()
             self._ready.clear()
+            # A queue pair that is destroyed at once takes the goodbye along.
+            with contextlib.suppress(RdmaxferError):
+                self._waiter.wait_locked(
+                    lambda: True if all(link.all_completed for link in self._links) else None,
+                    deadline.within(GOODBYE_S),
+                    "closing: saying goodbye",
+                )
 
 
 __all__ = ["Receiver", "ReceiverStatistics"]

@@ -216,6 +216,11 @@ class RecvLink(Link):
         if self.live:
             self._send(inband.MessageKind.BYE, self.ring.released)
 
+    @property
+    def all_completed(self) -> bool:
+        """Whether the device has confirmed all messages, up to the last signalled one."""
+        return self._sent - self._sent_completed <= self._unsignalled
+
     def refuse_resize(self) -> None:
         """Tell the sender, in band, that its frame can't be had."""
         if self.live:

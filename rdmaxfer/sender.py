@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 RESIZE_RETRY_S = 0.02
 """How long to leave a receiver that is registering memory for larger slots alone."""
+
+log = logging.getLogger("rdmaxfer")
 
 GOODBYE_S = 1.0
 """How long `close` waits for the receivers' devices to confirm BYE."""
@@ -519,7 +522,10 @@ class Sender(Node[SendLink]):
                 self._waiter.wait_locked(
                     placed, deadline, "closing: waiting for the devices to confirm the last frames"
                 )
-                self._waiter.wait_locked(told, deadline.within(GOODBYE_S), "closing: saying goodbye")
+                try:
+                    self._waiter.wait_locked(told, deadline.within(GOODBYE_S), "closing: saying goodbye")
+                except TimeoutExpired as error:
+                    log.info("%s All frames were confirmed.", error)
             finally:
                 lost = [loss for loss in self._losses if loss.unreleased]
                 self._losses.clear()

@@ -118,6 +118,12 @@ class Waiter(Generic[L]):
             else:
                 self._lead(self._poller, sleep_s)
 
+    def rest(self, until: Callable[[], bool], timeout_s: float) -> None:
+        """Sleep until `until()`, without polling, and without `check`; or until the time is up."""
+        deadline = Deadline(timeout_s)
+        while not until() and deadline.left_s() > 0:
+            self._follow(SLICE_S)
+
     def poll(self) -> None:
         """Poll without sleeping, and handle what there is; nothing while a leader polls."""
         poller = self._poller

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import secrets
 import shutil
 import socket
@@ -12,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -102,7 +100,10 @@ def test_a_port_that_is_taken() -> None:
 def test_nobody_there() -> None:
     with pair() as (tx, rx):
         for node in (tx, rx):
-            with promptly(), pytest.raises(rdmaxfer.ConnectTimeout, match=r"127\.0\.0\.1:9 did not connect within") as caught:
+            with (
+                promptly(),
+                pytest.raises(rdmaxfer.ConnectTimeout, match=r"127\.0\.0\.1:9 did not connect within") as caught,
+            ):
                 node.connect("tcp://127.0.0.1:9", timeout=0.5)
             assert isinstance(caught.value, TimeoutError)
             check_fix(caught.value)
@@ -205,7 +206,7 @@ def test_a_frame_beyond_any_limit(shape: tuple[int, ...]) -> None:
 def test_memory_that_is_not_there_for_a_frame_within_the_limit() -> None:
     """More than this machine's address space has."""
     with pair(receiver={"max_frame_bytes": messages.MAX_SLOT_BYTES, "slots": 2}) as (tx, rx):
-        with promptly(), pytest.raises((rdmaxfer.RdmaxferError, MemoryError)):
+        with promptly(), pytest.raises((rdmaxfer.RdmaxferError, MemoryError)):  # noqa: PT012
             tx.reserve((messages.MAX_SLOT_BYTES,), np.uint8, timeout=5).discard()
             tx.push(np.broadcast_to(np.uint8(1), (messages.MAX_SLOT_BYTES,)), timeout=5)
         check_frames(tx, rx)
@@ -258,7 +259,7 @@ def test_a_memlock_limit_of_64_kib() -> None:
     assert setpriv, "install util-linux"
     with rdmaxfer.Receiver(slots=2) as rx:
         done = subprocess.run(
-            [setpriv, "--bounding-set=-ipc_lock", "--inh-caps=-ipc_lock", sys.executable, "-c", FEW_LOCKED]
+            [setpriv, "--bounding-set=-ipc_lock", "--inh-caps=-ipc_lock", sys.executable, "-c", FEW_LOCKED]  # noqa: RUF005
             + [rx.bind("tcp://127.0.0.1:*")],
             capture_output=True,
             text=True,
@@ -405,12 +406,34 @@ ODD = {
     "session zero": messages.encode(hello(session=bytes(16))),
     "a goodbye of nobody": messages.encode(messages.Bye(session=secrets.token_bytes(16), request=4, reason="")),
     "an address that is none": messages.encode(
-        hello(fabrics=(messages.VerbsAddress(**{**{f: getattr(hello().fabrics[0], f) for f in (
-            "device", "lid", "qp_num", "psn", "link_layer", "active_mtu", "max_msg_sz")}, "gid": bytes(16)}),))
+        hello(
+            fabrics=(
+                messages.VerbsAddress(
+                    **{
+                        **{
+                            f: getattr(hello().fabrics[0], f)
+                            for f in ("device", "lid", "qp_num", "psn", "link_layer", "active_mtu", "max_msg_sz")
+                        },
+                        "gid": bytes(16),
+                    }
+                ),
+            )
+        )
     ),
     "infiniband": messages.encode(
-        hello(fabrics=(messages.VerbsAddress(**{**{f: getattr(hello().fabrics[0], f) for f in (
-            "device", "lid", "qp_num", "psn", "gid", "active_mtu", "max_msg_sz")}, "link_layer": "infiniband"}),))
+        hello(
+            fabrics=(
+                messages.VerbsAddress(
+                    **{
+                        **{
+                            f: getattr(hello().fabrics[0], f)
+                            for f in ("device", "lid", "qp_num", "psn", "gid", "active_mtu", "max_msg_sz")
+                        },
+                        "link_layer": "infiniband",
+                    }
+                ),
+            )
+        )
     ),
 }
 
@@ -438,5 +461,3 @@ def test_a_message_beyond_the_limit_is_cut_off() -> None:
         stranger.send_multipart([b"x"] * 1000)
         stranger.send_multipart([b"", b"", b"", b""])
         check_frames(tx, rx)
-
-

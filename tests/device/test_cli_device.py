@@ -34,7 +34,9 @@ class Command:
             text=True,
         )
         self.lines: list[str] = []
-        self._reading = [Background(lambda stream=s: self._read(stream)) for s in (self.process.stdout, self.process.stderr)]
+        self._reading = [
+            Background(lambda stream=s: self._read(stream)) for s in (self.process.stdout, self.process.stderr)
+        ]
 
     def _read(self, stream: Any) -> None:
         with stream:

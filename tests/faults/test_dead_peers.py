@@ -258,7 +258,9 @@ def test_close_while_another_thread_connects(there: bool) -> None:
 
 
 @pytest.mark.parametrize("call", ["connect", "bind"])
-def test_close_at_the_worst_moment_of_connect_or_bind_leaves_nothing(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_close_at_the_worst_moment_of_connect_or_bind_leaves_nothing(
+    call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The other thread has looked whether this object is closed, and has not made anything yet."""
     before = resources()
     tx = rdmaxfer.Sender()

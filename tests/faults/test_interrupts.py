@@ -48,7 +48,7 @@ class CtrlC:
             raise KeyboardInterrupt
         self.seen += 1
 
-    def __enter__(self) -> CtrlC:
+    def __enter__(self) -> CtrlC:  # noqa: PYI034
         sys.setprofile(self._on_event)
         return self
 

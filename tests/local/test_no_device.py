@@ -109,7 +109,9 @@ def test_mistakes_that_need_no_device_are_found_without_one(code: str, name: str
     assert done.stdout.split() == [name, "True"], done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([each, "--help"] for each in ("send", "recv", "demo"))])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], *([each, "--help"] for each in ("send", "recv", "demo"))]
+)
 def test_help_works_anywhere(arguments: list[str]) -> None:
     done = command(*arguments, blocked=True)
     assert done.returncode == 0, done.stderr
