@@ -185,6 +185,7 @@ class Node(Generic[L]):
         from rdmaxfer.cm.control import Control
 
         with self._lock:
+            self._check_usable()
             if self._control is None:
                 self._control = Control(self.name, self.control_failed)
             return self._control
