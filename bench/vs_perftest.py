@@ -4,9 +4,9 @@
     scripts/softroce_uml.sh -- .venv/bin/python bench/vs_perftest.py
 
 Bandwidth: frames pushed in place (from registered memory) to a receiver in another process, against `ib_write_bw`. Latency: a
-frame there and another one back, halved, against `ib_write_lat`. Both use the same device, GID, path MTU and depth, and an equal
-working set: perftest gets one queue pair, and so one buffer, for each of our slots. Every round runs both; medians of the
-rounds and their ratio are printed. Start-up, handshake and a warm-up are not timed.
+frame there and another one back, halved, against `ib_write_lat`. Both use the same device, GID, path MTU, depth and one queue
+pair, and write from one source buffer; perftest writes into one buffer, we into a ring of --slots. Every round runs both; medians
+of the rounds and their ratio are printed. Start-up, handshake and a warm-up are not timed.
 
 A ratio above 1 means that rdmaxfer is faster. Run it on an otherwise idle machine: absolute figures on a shared one mean nothing.
 """
@@ -57,9 +57,9 @@ def receive(args: argparse.Namespace) -> None:
             for number in range(args.count + args.warm_up):
                 if number == args.warm_up:
                     cpu = cpu_s()
-                with receiver.recv(timeout=60):
+                with receiver.recv():
                     if args.kind == "lat":
-                        back.push(echo, timeout=60)
+                        back.push(echo)
             print(json.dumps({"cpu_s": cpu_s() - cpu}), flush=True)
             sys.stdin.readline()
 
@@ -77,19 +77,19 @@ def ours(args: argparse.Namespace, kind: str, size: int, count: int) -> dict[str
             rdmaxfer.Receiver(slots=args.slots, slot_bytes=size, spin_s=args.spin) as receiver,
         ):
             sender.connect(there)
-            # One source buffer for each slot: perftest has one for each queue pair.
-            sources = [np.full(size, i, np.uint8) for i in range(args.slots)]
+            # As many source buffers as perftest has: one for each of its queue pairs.
+            sources = [np.full(size, i, np.uint8) for i in range(args.slots if args.queue_pairs else 1)]
             registered = [sender.register(source) for source in sources]
             if kind == "lat":
                 receiver.connect(back)
 
                 def step(i: int) -> None:
-                    sender.push(sources[0], timeout=60)
-                    receiver.recv(timeout=60).release()
+                    sender.push(sources[0])
+                    receiver.recv().release()
             else:
 
                 def step(i: int) -> None:
-                    sender.push(sources[i % len(sources)], timeout=60)
+                    sender.push(sources[i % len(sources)])
 
             for i in range(warm_up):
                 step(i)
@@ -125,35 +125,39 @@ def perftest(args: argparse.Namespace, kind: str, size: int, count: int) -> dict
         common += ["-n", str(max(count, 5))]
     else:
         # -q queue pairs with one work request each, or one with all of them: the same depth.
-        qps = args.slots if args.equal_working_set else 1
+        qps = args.slots if args.queue_pairs else 1
         common += ["-q", str(qps), "-t", str(max(1, args.slots // qps)), "-n", str(max(5, count // qps))]
-    for _ in range(5):  # perftest's clock sampling fails now and then, and its port is not always free yet
+    for _ in range(8):  # perftest's clock sampling fails now and then, its port is not always free yet, and it may hang
         args.tcp_port += 1
         common[common.index("-p") + 1] = str(args.tcp_port)
-        server = subprocess.Popen(common, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            for _ in range(100):
-                client = subprocess.run(
-                    [*common, "127.0.0.1"],
-                    capture_output=True,
-                    text=True,
-                    timeout=120,
-                    env={**os.environ, "LC_ALL": "C"},
-                )
-                if "Couldn't connect" not in client.stderr + client.stdout:
-                    break
-                time.sleep(0.02)
-        finally:
-            server.kill()
-            server.wait()
-        rows = re.findall(rf"^ *{size} +(.+)$", client.stdout, re.MULTILINE)
+        printed = _run_perftest(common)
+        rows = re.findall(rf"^ *{size} +(.+)$", printed, re.MULTILINE)
         if rows:
             fields = rows[-1].split()
             # bw: iterations, peak, average [MB/s, of 2**20], rate; lat: iterations, min, max, typical, average, ... [us]
             value = float(fields[4 if kind == "lat" else 2])
             if 0 < value < float("inf"):
                 return {"value": value if kind == "lat" else value * (1 << 20) / 1e6}
-    raise SystemExit(f"{' '.join(common)} gave no figure:\n{client.stdout}{client.stderr}")
+    raise SystemExit(f"{' '.join(common)} gave no figure:\n{printed}")
+
+
+def _run_perftest(command: list[str]) -> str:
+    """What the client prints; a server is started for it."""
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(100):
+            client = subprocess.run(
+                [*command, "127.0.0.1"], capture_output=True, text=True, timeout=30, env={**os.environ, "LC_ALL": "C"}
+            )
+            if "Couldn't connect" not in client.stderr + client.stdout:
+                return client.stdout + client.stderr
+            time.sleep(0.02)
+    except subprocess.TimeoutExpired:
+        return "it did not end within 30 s"
+    finally:
+        server.kill()
+        server.wait()
+    return "its server can't be reached"
 
 
 # --- both --------------------------------------------------------------------------------------------------------------
@@ -167,10 +171,10 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="payload bytes")
     parser.add_argument("--kinds", nargs="+", choices=["bw", "lat"], default=["bw", "lat"])
     parser.add_argument(
-        "--one-buffer",
-        dest="equal_working_set",
-        action="store_false",
-        help="let perftest rewrite a single buffer, which stays in the cache, instead of an equal working set",
+        "--queue-pairs",
+        action="store_true",
+        help="give perftest a queue pair, and so a buffer, for each of our slots, and us a source buffer for each: a larger "
+        "working set on both sides, but perftest then also has that many queue pairs at work at once, and we have one",
     )
     parser.add_argument("--scale", type=float, default=1.0, help="times the usual number of frames a round")
     parser.add_argument("--json", action="store_true", help="print the rounds as JSON, too")
@@ -181,7 +185,7 @@ def main() -> None:
     args.device, args.gid_index, args.tcp_port = route.device, route.gid_index, 18515
     print(
         f"device {route.device}, GID {route.gid_index}, MTU {route.active_mtu}, {os.cpu_count()} CPUs, depth {args.slots}, "
-        f"{args.rounds} rounds, {'equal working set' if args.equal_working_set else 'perftest with one buffer'}"
+        f"{args.rounds} rounds, perftest with {args.slots if args.queue_pairs else 1} queue pairs"
     )
     print(
         f"{'':>12} {'bytes':>9} {'rdmaxfer':>10} {'perftest':>10} {'ratio':>6} {'CPU us/frame: sender':>21} {'receiver':>9}"

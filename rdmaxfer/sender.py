@@ -13,7 +13,15 @@ import numpy as np
 import numpy.typing as npt
 
 from rdmaxfer.cm.messages import MAX_SLOT_BYTES, Accept, Hello, Refuse, RefuseCode, Resized, RingAddress
-from rdmaxfer.errors import FrameError, FrameTooLarge, PeerLost, RdmaxferError, RemoteProtocolError, TimeoutExpired
+from rdmaxfer.errors import (
+    DeviceError,
+    FrameError,
+    FrameTooLarge,
+    PeerLost,
+    RdmaxferError,
+    RemoteProtocolError,
+    TimeoutExpired,
+)
 from rdmaxfer.frame import FrameType, encode_metadata, frame_type
 from rdmaxfer.inband import MESSAGE_BYTES
 from rdmaxfer.lease import Slot
@@ -307,8 +315,12 @@ class Sender(Node[SendLink]):
                 "waiting for every receiver to have a free slot" if self._links else "waiting for a receiver to connect"
             )
             self._waiter.wait_locked(lambda: self._can_push(kind.payload_bytes), deadline, what)
-        for link in self._links:
-            source.lkey(link.pd)  # registers what is not yet: an error here is the caller's, and nothing was sent
+        try:
+            for link in self._links:
+                source.lkey(link.pd)  # registers what is not yet: an error here is the caller's, and nothing was sent
+        except DeviceError:
+            self._pool.forget(source)
+            raise
         seq = self._seq
         pushed_ns = time.time_ns()
         interrupt: KeyboardInterrupt | None = None

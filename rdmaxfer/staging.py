@@ -132,6 +132,12 @@ class StagingPool:
                 return slot
         return None
 
+    def forget(self, slot: Source) -> None:
+        """This slot can't be registered: make another one next time."""
+        if slot in self._all:
+            self._all.remove(slot)  # type: ignore[arg-type]  # it is a StagingSlot, or it would not be in there
+            slot.unregister()
+
     def close(self) -> None:
         """Unregister all slots; nothing may read from them any more."""
         self._freed.clear()

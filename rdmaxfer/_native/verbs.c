@@ -512,9 +512,10 @@ static int wait_all(rx_qp **qps, int n, int first, int wake_fd, uint64_t spin_ns
         uint64_t rest = limit - elapsed;
         struct timespec left = {.tv_sec = (time_t)(rest / 1000000000u), .tv_nsec = (long)(rest % 1000000000u)};
         more = sleep_once(qps, n, wake_fd, fds, timeout_ns < 0 ? NULL : &left, error);
-        got = more < 0 ? more : 0;
-        if (!more) /* a wake or a timeout loses no completion that came at the same moment */
-            got = poll_all(qps, n, first, out, max, error);
+        /* Before arming again, which is a system call; nor does a wake or a timeout lose what came at the same moment. */
+        got = more < 0 ? more : poll_all(qps, n, first, out, max, error);
+        if (got)
+            break;
     }
     if (fds != few)
         free(fds);
