@@ -31,7 +31,7 @@ GOODBYE_S = 1.0
 RESIZE_PATIENCE_S = 0.05
 """How long a sender that asks for larger slots is kept waiting, before it is told to ask again."""
 
-CREDIT_S = 0.01
+CREDIT_S = 0.05
 """How long credit for a few slots is kept back, at the least, when the sender has not asked for it."""
 
 MAX_FIRST_RING_BYTES = 256 << 20
