@@ -229,7 +229,7 @@ class Node(Generic[L]):
         )
 
     def open_link(self, session: bytes, peer: str, route: Route) -> L:
-        """A link with a queue pair in RESET."""
+        """A link with a queue pair in INIT, receives posted."""
         with self._making(), ExitStack() as stack:
             link = self._make_link(session, peer, self._domain(route), route, stack)
             link.reason = route.reason

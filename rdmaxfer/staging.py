@@ -135,7 +135,7 @@ class StagingPool:
     def forget(self, slot: Source) -> None:
         """This slot can't be registered: make another one next time."""
         if slot in self._all:
-            self._all.remove(slot)  # type: ignore[arg-type]  # it is a StagingSlot, or it would not be in there
+            self._all.remove(slot)
             slot.unregister()
 
     def close(self) -> None:
