@@ -54,7 +54,7 @@ if has_stage vm; then
   "$here/softroce_vm.sh" prepare & vm_ready=$!
   background+=("$vm_ready")
 fi
-make_venv test,images
+make_venv test,demo
 
 # Guests can't write into the checkout, so nothing tries to; RDMAXFER_TEST_DEVICE makes a missing device a failure.
 # Not "python -m pytest" and not in the checkout: both would put it, and so the package as it is not installed, on the path.

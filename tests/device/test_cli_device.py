@@ -97,6 +97,7 @@ def endpoint() -> str:
         return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("first", ["recv", "send"])
 @pytest.mark.parametrize("binding", ["recv", "send"])
 def test_photos_from_process_to_process(
