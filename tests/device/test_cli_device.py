@@ -239,13 +239,9 @@ def test_devices_are_listed() -> None:
 
 
 def test_demo_runs(tmp_path: Path) -> None:
-    pytest.importorskip("skimage")
     picture = tmp_path / "received.png"
     with running("demo", "--count", "4", "--save", str(picture)) as demo:
-        code = demo.end()
-        if code and "scikit-image" in demo.text and "Fix:" in demo.text:
-            pytest.skip(f"no photographs here: {demo.text}")
-        assert code == 0, demo.text
+        assert demo.end() == 0, demo.text
         assert "4 of 4 arrived byte for byte" in demo.text
         assert "WRITE_WITH_IMM completions" in demo.text
     with Image.open(picture) as image:
