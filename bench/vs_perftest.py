@@ -5,8 +5,10 @@
 
 Bandwidth: frames pushed in place (from registered memory) to a receiver in another process, against `ib_write_bw`. Latency: a
 frame there and another one back, halved, against `ib_write_lat`. Both use the same device, GID, path MTU, depth and one queue
-pair, and write from one source buffer; perftest writes into one buffer, we into a ring of --slots. Every round runs both; medians
-of the rounds and their ratio are printed. Start-up, handshake and a warm-up are not timed.
+pair. For bandwidth they also have the same working set: a ring of --slots sources on one side, a ring of --slots targets on the
+other (perftest by bench/perftest_ring.c). By itself perftest writes from one buffer into one buffer; that is the column "one
+buffer". Every round runs all of them, in alternating order; medians of the rounds and their ratios are printed. Start-up,
+handshake and a warm-up are not timed.
 
 A ratio above 1 means that rdmaxfer is faster. Run it on an otherwise idle machine: absolute figures on a shared one mean nothing.
 """
@@ -21,8 +23,9 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 
@@ -67,18 +70,17 @@ def receive(args: argparse.Namespace) -> None:
 def ours(args: argparse.Namespace, kind: str, size: int, count: int) -> dict[str, float]:
     warm_up = max(20, int(count * WARM_UP))
     command = [sys.executable, __file__, "receive", "--kind", kind, "--size", str(size), "--count", str(count)]
-    command += ["--warm-up", str(warm_up), "--slots", str(args.slots), "--spin", str(args.spin)]
+    command += ["--warm-up", str(warm_up), "--slots", str(args.slots), "--spin", str(args.receiver_spin)]
     peer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert peer.stdout is not None
     try:
         there, back = peer.stdout.readline().split()
         with (
-            rdmaxfer.Sender(slots=args.slots, spin_s=args.spin) as sender,
-            rdmaxfer.Receiver(slots=args.slots, slot_bytes=size, spin_s=args.spin) as receiver,
+            rdmaxfer.Sender(slots=args.slots, spin_s=args.sender_spin) as sender,
+            rdmaxfer.Receiver(slots=args.slots, slot_bytes=size, spin_s=args.receiver_spin) as receiver,
         ):
             sender.connect(there)
-            # As many source buffers as perftest has: one for each of its queue pairs.
-            sources = [np.full(size, i, np.uint8) for i in range(args.slots if args.queue_pairs else 1)]
+            sources = [np.full(size, i, np.uint8) for i in range(args.slots)]
             registered = [sender.register(source) for source in sources]
             if kind == "lat":
                 receiver.connect(back)
@@ -118,19 +120,28 @@ def ours(args: argparse.Namespace, kind: str, size: int, count: int) -> dict[str
 # --- perftest ----------------------------------------------------------------------------------------------------------
 
 
-def perftest(args: argparse.Namespace, kind: str, size: int, count: int) -> dict[str, float]:
+def build_ring_library(directory: str) -> str:
+    """Compile perftest_ring.c there; returns the library's path."""
+    library = os.path.join(directory, "perftest_ring.so")
+    source = os.path.join(os.path.dirname(os.path.abspath(__file__)), "perftest_ring.c")
+    subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+    return library
+
+
+def perftest(args: argparse.Namespace, kind: str, size: int, count: int, *, ring: bool) -> dict[str, float]:
     tool = "ib_write_lat" if kind == "lat" else "ib_write_bw"
     common = [tool, "-d", args.device, "-x", str(args.gid_index), "-s", str(size), "-F", "-p", str(args.tcp_port)]
     if kind == "lat":
         common += ["-n", str(max(count, 5))]
     else:
-        # -q queue pairs with one work request each, or one with all of them: the same depth.
-        qps = args.slots if args.queue_pairs else 1
-        common += ["-q", str(qps), "-t", str(max(1, args.slots // qps)), "-n", str(max(5, count // qps))]
+        common += ["-q", "1", "-t", str(args.slots), "-n", str(max(5, count))]
+    environment = {**os.environ, "LC_ALL": "C"}
+    if ring:
+        environment |= {"LD_PRELOAD": args.ring_library, "PERFTEST_RING_BYTES": str(max(4096, args.slots * size))}
     for _ in range(8):  # perftest's clock sampling fails now and then, its port is not always free yet, and it may hang
         args.tcp_port += 1
         common[common.index("-p") + 1] = str(args.tcp_port)
-        printed = _run_perftest(common)
+        printed = _run_perftest(common, environment)
         rows = re.findall(rf"^ *{size} +(.+)$", printed, re.MULTILINE)
         if rows:
             fields = rows[-1].split()
@@ -141,13 +152,13 @@ def perftest(args: argparse.Namespace, kind: str, size: int, count: int) -> dict
     raise SystemExit(f"{' '.join(common)} gave no figure:\n{printed}")
 
 
-def _run_perftest(command: list[str]) -> str:
+def _run_perftest(command: list[str], environment: dict[str, str]) -> str:
     """What the client prints; a server is started for it."""
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
     try:
         for _ in range(100):
             client = subprocess.run(
-                [*command, "127.0.0.1"], capture_output=True, text=True, timeout=30, env={**os.environ, "LC_ALL": "C"}
+                [*command, "127.0.0.1"], capture_output=True, text=True, timeout=30, env=environment
             )
             if "Couldn't connect" not in client.stderr + client.stdout:
                 return client.stdout + client.stderr
@@ -167,15 +178,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="alternating rounds for each size (default 5)")
     parser.add_argument("--slots", type=int, default=16, help="depth: slots, and perftest's work requests (default 16)")
-    parser.add_argument("--spin", type=float, default=0.0, help="spin_s of sender and receiver (default 0)")
+    parser.add_argument("--sender-spin", type=float, default=0.0, help="spin_s of the sending process (default 0)")
+    parser.add_argument("--receiver-spin", type=float, default=0.0, help="spin_s of the receiving process (default 0)")
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="payload bytes")
     parser.add_argument("--kinds", nargs="+", choices=["bw", "lat"], default=["bw", "lat"])
-    parser.add_argument(
-        "--queue-pairs",
-        action="store_true",
-        help="give perftest a queue pair, and so a buffer, for each of our slots, and us a source buffer for each: a larger "
-        "working set on both sides, but perftest then also has that many queue pairs at work at once, and we have one",
-    )
     parser.add_argument("--scale", type=float, default=1.0, help="times the usual number of frames a round")
     parser.add_argument("--json", action="store_true", help="print the rounds as JSON, too")
     args = parser.parse_args()
@@ -185,33 +191,49 @@ def main() -> None:
     args.device, args.gid_index, args.tcp_port = route.device, route.gid_index, 18515
     print(
         f"device {route.device}, GID {route.gid_index}, MTU {route.active_mtu}, {os.cpu_count()} CPUs, depth {args.slots}, "
-        f"{args.rounds} rounds, perftest with {args.slots if args.queue_pairs else 1} queue pairs"
+        f"{args.rounds} rounds, spin_s {args.sender_spin} and {args.receiver_spin}"
     )
     print(
-        f"{'':>12} {'bytes':>9} {'rdmaxfer':>10} {'perftest':>10} {'ratio':>6} {'CPU us/frame: sender':>21} {'receiver':>9}"
+        f"{'':>10} {'bytes':>8} {'rdmaxfer':>9} {'perftest':>9} {'ratio':>6} {'one buffer':>11} {'ratio':>6} "
+        f"{'CPU us/frame: sender':>21} {'receiver':>9}"
     )
-    for kind in args.kinds:
-        for size in args.sizes:
-            count = max(20, int(SIZES.get(size, 200) * args.scale))
-            if kind == "lat":
-                count = max(20, min(count, 1000))
-            rounds: list[tuple[dict[str, Any], dict[str, Any]]] = []
-            for number in range(args.rounds):
-                order = [ours, perftest] if number % 2 == 0 else [perftest, ours]
-                pair = {run: run(args, kind, size, count) for run in order}
-                rounds.append((pair[ours], pair[perftest]))
-            mine, theirs = (statistics.median(each[i]["value"] for each in rounds) for i in (0, 1))
-            ratio = theirs / mine if kind == "lat" else mine / theirs
-            sender_us, receiver_us = (
-                statistics.median(each[0][key] for each in rounds) for key in ("cpu_us", "peer_cpu_us")
-            )
-            print(
-                f"{'us one way' if kind == 'lat' else 'MB/s':>12} {size:>9} {mine:>10.1f} {theirs:>10.1f} {ratio:>6.2f} "
-                f"{sender_us:>21.1f} {receiver_us:>9.1f}",
-                flush=True,
-            )
-            if args.json:
-                print(json.dumps(rounds), flush=True)
+    with tempfile.TemporaryDirectory() as directory:
+        args.ring_library = build_ring_library(directory)
+        for kind in args.kinds:
+            for size in args.sizes:
+                compare(args, kind, size)
+
+
+def compare(args: argparse.Namespace, kind: str, size: int) -> None:
+    count = max(20, int(SIZES.get(size, 200) * args.scale))
+    if kind == "lat":
+        count = min(count, 1000)
+    runs: dict[str, Callable[[], dict[str, float]]] = {
+        "rdmaxfer": lambda: ours(args, kind, size, count),
+        "perftest": lambda: perftest(args, kind, size, count, ring=kind == "bw"),
+    }
+    if kind == "bw":
+        runs["one buffer"] = lambda: perftest(args, kind, size, count, ring=False)
+    rounds: list[dict[str, dict[str, float]]] = []
+    for number in range(args.rounds):
+        order = list(runs) if number % 2 == 0 else list(reversed(runs))
+        rounds.append({name: runs[name]() for name in order})
+
+    def median(name: str, figure: str) -> float:
+        return statistics.median(each[name][figure] for each in rounds)
+
+    mine = median("rdmaxfer", "value")
+    line = f"{'us one way' if kind == 'lat' else 'MB/s':>10} {size:>8} {mine:>9.1f}"
+    for name, width in (("perftest", 9), ("one buffer", 11)):
+        if name in runs:
+            theirs = median(name, "value")
+            line += f" {theirs:>{width}.1f} {theirs / mine if kind == 'lat' else mine / theirs:>6.2f}"
+        else:
+            line += f" {'-':>{width}} {'-':>6}"
+    cpu, peer_cpu = (median("rdmaxfer", figure) for figure in ("cpu_us", "peer_cpu_us"))
+    print(f"{line} {cpu:>21.1f} {peer_cpu:>9.1f}", flush=True)
+    if args.json:
+        print(json.dumps(rounds), flush=True)
 
 
 if __name__ == "__main__":
