@@ -10,12 +10,17 @@ other (perftest by bench/perftest_ring.c). By itself perftest writes from one bu
 buffer". Every round runs all of them, in alternating order; medians of the rounds and their ratios are printed. Start-up,
 handshake and a warm-up are not timed.
 
+Soft-RoCE does the network card's work in the kernel's worker threads. Where this program may (as root), it gives them the first CPU
+and all programs the others, ours and perftest's alike: else the workers wander, and what is measured is how soon an idle CPU wakes
+up for them. perftest, which never lets its CPU idle, is not hurt by that; whoever sleeps is. `--shared-cpus` leaves all as it is.
+
 A ratio above 1 means that rdmaxfer is faster. Run it on an otherwise idle machine: absolute figures on a shared one mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -25,12 +30,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 import rdmaxfer
-from rdmaxfer.fabric.devices import choose_gid, list_devices
+from rdmaxfer.fabric.devices import Route, choose_gid, list_devices
 from rdmaxfer.fabric.route import local_ip_towards
 
 SIZES = {64: 8000, 4096: 8000, 65536: 3000, 1 << 20: 600, 8 << 20: 80}
@@ -170,6 +175,32 @@ def _run_perftest(command: list[str], environment: dict[str, str]) -> str:
     return "its server can't be reached"
 
 
+WORKER_CPUS = "/sys/devices/virtual/workqueue/cpumask"
+
+
+@contextlib.contextmanager
+def separate_cpus() -> Iterator[str]:
+    """The kernel's unbound workers on the first CPU, this process and its children on the others; gives a description."""
+    cpus = os.sched_getaffinity(0)
+    try:
+        with open(WORKER_CPUS) as file:
+            before = file.read().strip()
+        if len(cpus) < 2:
+            raise OSError("there is one CPU only")
+        with open(WORKER_CPUS, "w") as file:
+            file.write(f"{1 << min(cpus):x}")
+    except OSError as error:
+        yield f"programs and kernel workers share all CPUs ({error})"
+        return
+    os.sched_setaffinity(0, cpus - {min(cpus)})
+    try:
+        yield f"kernel workers on CPU {min(cpus)}, programs on the others"
+    finally:
+        os.sched_setaffinity(0, cpus)
+        with open(WORKER_CPUS, "w") as file:
+            file.write(before)
+
+
 # --- both --------------------------------------------------------------------------------------------------------------
 
 
@@ -181,6 +212,7 @@ def main() -> None:
     parser.add_argument("--receiver-spin", type=float, default=0.0, help="spin_s of the receiving process (default 0)")
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="payload bytes")
     parser.add_argument("--kinds", nargs="+", choices=["bw", "lat"], default=["bw", "lat"])
+    parser.add_argument("--shared-cpus", action="store_true", help="don't give the kernel's workers a CPU of their own")
     parser.add_argument("--scale", type=float, default=1.0, help="times the usual number of frames a round")
     parser.add_argument("--json", action="store_true", help="print the rounds as JSON, too")
     args = parser.parse_args()
@@ -188,9 +220,18 @@ def main() -> None:
         list_devices(), device=os.environ.get("RDMAXFER_DEVICE") or None, local_ip=local_ip_towards("127.0.0.1")
     )
     args.device, args.gid_index, args.tcp_port = route.device, route.gid_index, 18515
+    with (
+        separate_cpus()
+        if not args.shared_cpus
+        else contextlib.nullcontext("programs and kernel workers share all CPUs") as cpus
+    ):
+        compare_all(args, route, cpus)
+
+
+def compare_all(args: argparse.Namespace, route: Route, cpus: str) -> None:
     print(
         f"device {route.device}, GID {route.gid_index}, MTU {route.active_mtu}, {os.cpu_count()} CPUs, depth {args.slots}, "
-        f"{args.rounds} rounds, spin_s {args.sender_spin} and {args.receiver_spin}"
+        f"{args.rounds} rounds, spin_s {args.sender_spin} and {args.receiver_spin}; {cpus}"
     )
     print(
         f"{'':>10} {'bytes':>8} {'rdmaxfer':>9} {'perftest':>9} {'ratio':>6} {'one buffer':>11} {'ratio':>6} "

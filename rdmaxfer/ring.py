@@ -131,9 +131,9 @@ class RecvRing:
             self.released += 1
 
     def credit_due(self, *, asked: bool = False) -> bool:
-        """Whether to tell the sender now: a quarter of the ring was released since, or it may be starved, or it has asked."""
+        """Whether to tell the sender now: half of the ring was released since, or it may be starved, or it has asked."""
         new = self.released - self.announced
-        return new > 0 and (4 * new >= self.slots or self.received - self.announced >= self.slots or asked)
+        return new > 0 and (2 * new >= self.slots or self.received - self.announced >= self.slots or asked)
 
     def on_announced(self, released: int) -> None:
         self.announced = released

@@ -58,7 +58,7 @@ class SendLink(Link):
         self._headers = Buffer(0)
         self._header_view = self._headers.view(0, 0)
         self._header_lkey = 0
-        self._quarter = 1
+        self._half = 1
         self._depth = 0
         self._unsignalled = 0
         self._in_flight: deque[_Posted] = deque()
@@ -73,7 +73,7 @@ class SendLink(Link):
     def prepare(self, slots: int) -> None:
         """Make room for `slots` frames on their way. Raises MemlockError, VerbsError."""
         self.ring = SendRing(slots)
-        self._quarter = max(1, slots // 4)
+        self._half = max(1, slots // 2)
         self._depth = send_depth(slots)
         # A header block for every slot of the ring: the headers differ by receiver, the payload is shared.
         self._headers = Buffer(slots * framing.HEADER_ROOM)
@@ -174,7 +174,7 @@ class SendLink(Link):
         """Note work requests about to be posted; says whether the last of them must be signalled."""
         unsignalled = self._unsignalled + wrs
         if not signaled:
-            signaled = (position + 1) % self._quarter == 0 or unsignalled * 4 >= self._depth
+            signaled = (position + 1) % self._half == 0 or unsignalled * 4 >= self._depth
         posted = _Posted(self._posted + wrs, position, source)
         self._in_flight.append(posted)
         if source is not None:
@@ -197,7 +197,7 @@ class SendLink(Link):
                 self._broke(error)
 
     def ask_credit(self) -> None:
-        """Ask the receiver to tell at once what it releases, rather than to wait until a quarter of the ring has come together."""
+        """Ask the receiver to tell at once what it releases, rather than to wait until half of the ring has come together."""
         if self._credit_asked_at != self.ring.position and self.live and self._write_imm(inband.pack_credit_imm()):
             self._credit_asked_at = self.ring.position
 

@@ -82,11 +82,8 @@ main.write_text(text.replace(generic, fast + generic, 1))
 PY
 }
 
-# The kernel's own parameter nohlt ("an idle processor polls"), which User Mode Linux leaves out.
-idle_polling() { sed -i '/^config UML$/,/^$/s/^\tbool$/\tbool\n\tselect GENERIC_IDLE_POLL_SETUP/' "$1/arch/um/Kconfig"; }
-
 # What the kernel is made by: when it changes, the kernel is built again.
-recipe() { declare -f options fast_crc32 idle_polling build_kernel; options; }
+recipe() { declare -f options fast_crc32 build_kernel; options; }
 key() { recipe | sha256sum | cut -c1-16; }
 built() { [[ -x $kernel && -f $kernel.key && $(<"$kernel.key") == "$(key)" ]]; }
 
@@ -160,7 +157,6 @@ build_kernel() {
   rm -f "$work"/*.deb
   tree=$work/$source out=$work/out
   fast_crc32 "$tree" || true
-  idle_polling "$tree"
   sed -i '/^config HZ$/,/default/s/default 100$/default 1000/' "$tree/arch/um/Kconfig"   # a waiting process is run within 1 ms, not 10
   mkdir -p "$out"
   options >"$work/fragment"
@@ -193,5 +189,5 @@ open_box "$cache"
 fill_box uml
 # shellcheck disable=SC2054 # the kernel's own commas
 engine_args=("$kernel" "mem=$memory" "ncpus=$cpus" root=/dev/root rootfstype=hostfs rootflags=/ ro "init=$box/init"
-  con=null con0=null,fd:2 con1=null,fd:3 con2=null,fd:4 ssl=null quiet loglevel=4 seccomp=auto ${NOHLT:+nohlt})
+  con=null con0=null,fd:2 con1=null,fd:3 con2=null,fd:4 ssl=null quiet loglevel=4 seccomp=auto)
 TMPDIR=/dev/shm guest_run "${engine_args[@]}"
