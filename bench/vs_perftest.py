@@ -10,9 +10,11 @@ other (perftest by bench/perftest_ring.c). By itself perftest writes from one bu
 buffer". Every round runs all of them, in alternating order; medians of the rounds and their ratios are printed. Start-up,
 handshake and a warm-up are not timed.
 
-Soft-RoCE does the network card's work in the kernel's worker threads. Where this program may (as root), it gives them the first CPU
-and all programs the others, ours and perftest's alike: else the workers wander, and what is measured is how soon an idle CPU wakes
-up for them. perftest, which never lets its CPU idle, is not hurt by that; whoever sleeps is. `--shared-cpus` leaves all as it is.
+Soft-RoCE does the network card's work in the kernel's worker threads. With the CPUs "shared", these wander between all of them, and
+part of what is measured is how soon an idle CPU wakes up for them; perftest, which never lets its CPU idle, is not hurt by that,
+whoever sleeps is. With the CPUs "split" (it takes root), the workers have the first CPU and all programs the others, ours and
+perftest's alike: that is how to compare frames that take long. For small frames on two CPUs it is not, since sender and receiver
+then share one. So bandwidth is measured in both ways, latency on shared CPUs only: both sides of perftest poll busily.
 
 A ratio above 1 means that rdmaxfer is faster. Run it on an otherwise idle machine: absolute figures on a shared one mean nothing.
 """
@@ -21,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -35,7 +38,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 import rdmaxfer
-from rdmaxfer.fabric.devices import Route, choose_gid, list_devices
+from rdmaxfer.fabric.devices import choose_gid, list_devices
 from rdmaxfer.fabric.route import local_ip_towards
 
 SIZES = {64: 8000, 4096: 8000, 65536: 3000, 1 << 20: 600, 8 << 20: 80}
@@ -179,26 +182,21 @@ WORKER_CPUS = "/sys/devices/virtual/workqueue/cpumask"
 
 
 @contextlib.contextmanager
-def separate_cpus() -> Iterator[str]:
-    """The kernel's unbound workers on the first CPU, this process and its children on the others; gives a description."""
+def split_cpus() -> Iterator[None]:
+    """The kernel's unbound workers on the first CPU, this process and its children on the others."""
     cpus = os.sched_getaffinity(0)
+    first = min(cpus)
+    with open(WORKER_CPUS) as file:
+        before = file.read().strip()
+    os.sched_setaffinity(0, cpus - {first})  # fails where there is one CPU only
     try:
-        with open(WORKER_CPUS) as file:
-            before = file.read().strip()
-        if len(cpus) < 2:
-            raise OSError("there is one CPU only")
         with open(WORKER_CPUS, "w") as file:
-            file.write(f"{1 << min(cpus):x}")
-    except OSError as error:
-        yield f"programs and kernel workers share all CPUs ({error})"
-        return
-    os.sched_setaffinity(0, cpus - {min(cpus)})
-    try:
-        yield f"kernel workers on CPU {min(cpus)}, programs on the others"
+            file.write(f"{1 << first:x}")
+        yield
     finally:
-        os.sched_setaffinity(0, cpus)
         with open(WORKER_CPUS, "w") as file:
             file.write(before)
+        os.sched_setaffinity(0, cpus)
 
 
 # --- both --------------------------------------------------------------------------------------------------------------
@@ -212,7 +210,7 @@ def main() -> None:
     parser.add_argument("--receiver-spin", type=float, default=0.0, help="spin_s of the receiving process (default 0)")
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="payload bytes")
     parser.add_argument("--kinds", nargs="+", choices=["bw", "lat"], default=["bw", "lat"])
-    parser.add_argument("--shared-cpus", action="store_true", help="don't give the kernel's workers a CPU of their own")
+    parser.add_argument("--cpus", nargs="+", choices=["shared", "split"], default=["shared", "split"], help="see above")
     parser.add_argument("--scale", type=float, default=1.0, help="times the usual number of frames a round")
     parser.add_argument("--json", action="store_true", help="print the rounds as JSON, too")
     args = parser.parse_args()
@@ -220,31 +218,24 @@ def main() -> None:
         list_devices(), device=os.environ.get("RDMAXFER_DEVICE") or None, local_ip=local_ip_towards("127.0.0.1")
     )
     args.device, args.gid_index, args.tcp_port = route.device, route.gid_index, 18515
-    with (
-        separate_cpus()
-        if not args.shared_cpus
-        else contextlib.nullcontext("programs and kernel workers share all CPUs") as cpus
-    ):
-        compare_all(args, route, cpus)
-
-
-def compare_all(args: argparse.Namespace, route: Route, cpus: str) -> None:
     print(
         f"device {route.device}, GID {route.gid_index}, MTU {route.active_mtu}, {os.cpu_count()} CPUs, depth {args.slots}, "
-        f"{args.rounds} rounds, spin_s {args.sender_spin} and {args.receiver_spin}; {cpus}"
+        f"{args.rounds} rounds, spin_s {args.sender_spin} and {args.receiver_spin}"
     )
     print(
-        f"{'':>10} {'bytes':>8} {'rdmaxfer':>9} {'perftest':>9} {'ratio':>6} {'one buffer':>11} {'ratio':>6} "
+        f"{'':>10} {'CPUs':>6} {'bytes':>8} {'rdmaxfer':>9} {'perftest':>9} {'ratio':>6} {'one buffer':>11} {'ratio':>6} "
         f"{'CPU us/frame: sender':>21} {'receiver':>9}"
     )
     with tempfile.TemporaryDirectory() as directory:
         args.ring_library = build_ring_library(directory)
-        for kind in args.kinds:
-            for size in args.sizes:
-                compare(args, kind, size)
+        for kind, cpus in itertools.product(args.kinds, args.cpus):
+            if kind == "bw" or cpus == "shared":
+                with split_cpus() if cpus == "split" else contextlib.nullcontext():
+                    for size in args.sizes:
+                        compare(args, kind, cpus, size)
 
 
-def compare(args: argparse.Namespace, kind: str, size: int) -> None:
+def compare(args: argparse.Namespace, kind: str, cpus: str, size: int) -> None:
     count = max(20, int(SIZES.get(size, 200) * args.scale))
     if kind == "lat":
         count = min(count, 1000)
@@ -263,7 +254,7 @@ def compare(args: argparse.Namespace, kind: str, size: int) -> None:
         return statistics.median(each[name][figure] for each in rounds)
 
     mine = median("rdmaxfer", "value")
-    line = f"{'us one way' if kind == 'lat' else 'MB/s':>10} {size:>8} {mine:>9.1f}"
+    line = f"{'us one way' if kind == 'lat' else 'MB/s':>10} {cpus:>6} {size:>8} {mine:>9.1f}"
     for name, width in (("perftest", 9), ("one buffer", 11)):
         if name in runs:
             theirs = median(name, "value")
