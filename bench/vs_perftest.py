@@ -28,6 +28,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -214,6 +215,18 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="times the usual number of frames a round")
     parser.add_argument("--json", action="store_true", help="print the rounds as JSON, too")
     args = parser.parse_args()
+    if args.slots < 1 or args.slots & (args.slots - 1):
+        parser.error("--slots must be a power of two: perftest aligns its ring to its size")
+    if not shutil.which("ib_write_bw"):
+        parser.error("ib_write_bw is not installed: it comes with the package perftest")
+    if (
+        "bw" in args.kinds
+        and "split" in args.cpus
+        and not (os.access(WORKER_CPUS, os.W_OK) and (os.cpu_count() or 1) > 1)
+    ):
+        parser.error(
+            f"the CPUs can't be split here: that takes two of them, and root to write {WORKER_CPUS}; try --cpus shared"
+        )
     route = choose_gid(
         list_devices(), device=os.environ.get("RDMAXFER_DEVICE") or None, local_ip=local_ip_towards("127.0.0.1")
     )

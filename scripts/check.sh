@@ -35,7 +35,7 @@ types() { (cd / && "$venv/bin/python" -m mypy --strict --config-file "$checkout/
 
 c_core() {
   local source python_include=() status=0
-  for source in rdmaxfer/_native/*.c; do
+  for source in rdmaxfer/_native/*.c bench/*.c; do
     [[ -e $source ]] || continue
     cc -std=c11 -Wall -Wextra -Werror -fsyntax-only "${python_include[@]}" "$source" || status=1
   done
