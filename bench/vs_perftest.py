@@ -4,11 +4,14 @@
     scripts/softroce_uml.sh -- .venv/bin/python bench/vs_perftest.py
 
 Bandwidth: frames pushed in place (from registered memory) to a receiver in another process, against `ib_write_bw`. Latency: a
-frame there and another one back, halved, against `ib_write_lat`. Both use the same device, GID, path MTU, depth and one queue
-pair. For bandwidth they also have the same working set: a ring of --slots sources on one side, a ring of --slots targets on the
-other (perftest by bench/perftest_ring.c). By itself perftest writes from one buffer into one buffer; that is the column "one
-buffer". Every round runs all of them, in alternating order; medians of the rounds and their ratios are printed. Start-up,
-handshake and a warm-up are not timed.
+frame there and another one back, halved, against `ib_write_lat`. Both use the same device, GID, path MTU and depth: --slots frames
+in flight. For bandwidth they also have the same working set: a ring of --slots sources on one side, a ring of --slots targets on
+the other (perftest by bench/perftest_ring.c).
+
+perftest comes in three kinds: "perftest" is `ib_write_bw` as it is, which has one queue pair; "as many QPs" has as many as rdmaxfer
+(--queue-pairs; its frames in flight and its ring are divided between them); "one buffer" is the first without the ring: by itself
+perftest writes from one buffer into one buffer. Every round runs all of them, in alternating order; medians of the rounds and their
+ratios are printed. Start-up, handshake and a warm-up are not timed.
 
 Soft-RoCE does the network card's work in the kernel's worker threads. With the CPUs "shared", these wander between all of them, and
 part of what is measured is how soon an idle CPU wakes up for them; perftest, which never lets its CPU idle, is not hurt by that,
@@ -59,8 +62,10 @@ def cpu_s() -> float:
 def receive(args: argparse.Namespace) -> None:
     """The other process: takes frames, and sends each back for latency."""
     with (
-        rdmaxfer.Receiver(slots=args.slots, slot_bytes=args.size, spin_s=args.spin) as receiver,
-        rdmaxfer.Sender(slots=args.slots, spin_s=args.spin) as back,
+        rdmaxfer.Receiver(
+            slots=args.slots, slot_bytes=args.size, queue_pairs=args.queue_pairs, spin_s=args.spin
+        ) as receiver,
+        rdmaxfer.Sender(slots=args.slots, queue_pairs=args.queue_pairs, spin_s=args.spin) as back,
     ):
         print(receiver.bind("tcp://127.0.0.1:*"), back.bind("tcp://127.0.0.1:*"), flush=True)
         echo = np.zeros(args.size, np.uint8)
@@ -80,13 +85,16 @@ def ours(args: argparse.Namespace, kind: str, size: int, count: int) -> dict[str
     warm_up = max(20, int(count * WARM_UP))
     command = [sys.executable, __file__, "receive", "--kind", kind, "--size", str(size), "--count", str(count)]
     command += ["--warm-up", str(warm_up), "--slots", str(args.slots), "--spin", str(args.receiver_spin)]
+    command += ["--queue-pairs", str(args.queue_pairs)]
     peer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert peer.stdout is not None
     try:
         there, back = peer.stdout.readline().split()
         with (
-            rdmaxfer.Sender(slots=args.slots, spin_s=args.sender_spin) as sender,
-            rdmaxfer.Receiver(slots=args.slots, slot_bytes=size, spin_s=args.receiver_spin) as receiver,
+            rdmaxfer.Sender(slots=args.slots, queue_pairs=args.queue_pairs, spin_s=args.sender_spin) as sender,
+            rdmaxfer.Receiver(
+                slots=args.slots, slot_bytes=size, queue_pairs=args.queue_pairs, spin_s=args.receiver_spin
+            ) as receiver,
         ):
             sender.connect(there)
             sources = np.ones((args.slots, size), np.uint8)  # one region, as perftest has
@@ -136,16 +144,19 @@ def build_ring_library(directory: str) -> str:
     return library
 
 
-def perftest(args: argparse.Namespace, kind: str, size: int, count: int, *, ring: bool) -> dict[str, float]:
+def perftest(
+    args: argparse.Namespace, kind: str, size: int, count: int, *, ring: bool, queue_pairs: int = 1
+) -> dict[str, float]:
     tool = "ib_write_lat" if kind == "lat" else "ib_write_bw"
     common = [tool, "-d", args.device, "-x", str(args.gid_index), "-s", str(size), "-F", "-p", str(args.tcp_port)]
     if kind == "lat":
         common += ["-n", str(max(count, 5))]
     else:
-        common += ["-q", "1", "-t", str(args.slots), "-n", str(max(5, count))]
+        depth = max(1, args.slots // queue_pairs)
+        common += ["-q", str(queue_pairs), "-t", str(depth), "-n", str(max(5, count // queue_pairs))]  # -n: of each
     environment = {**os.environ, "LC_ALL": "C"}
     if ring:
-        environment |= {"LD_PRELOAD": args.ring_library, "PERFTEST_RING_BYTES": str(max(4096, args.slots * size))}
+        environment |= {"LD_PRELOAD": args.ring_library, "PERFTEST_RING_BYTES": str(max(4096, depth * size))}
     for _ in range(8):  # perftest's clock sampling fails now and then, its port is not always free yet, and it may hang
         args.tcp_port += 1
         common[common.index("-p") + 1] = str(args.tcp_port)
@@ -207,6 +218,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="alternating rounds for each size (default 5)")
     parser.add_argument("--slots", type=int, default=16, help="depth: slots, and perftest's work requests (default 16)")
+    parser.add_argument("--queue-pairs", type=int, default=2, help="of each connection of rdmaxfer (default 2)")
     parser.add_argument("--sender-spin", type=float, default=0.0, help="spin_s of the sending process (default 0)")
     parser.add_argument("--receiver-spin", type=float, default=0.0, help="spin_s of the receiving process (default 0)")
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="payload bytes")
@@ -215,8 +227,12 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="times the usual number of frames a round")
     parser.add_argument("--json", action="store_true", help="print the rounds as JSON, too")
     args = parser.parse_args()
-    if args.slots < 1 or args.slots & (args.slots - 1):
-        parser.error("--slots must be a power of two: perftest aligns its ring to its size")
+    for name in ("slots", "queue_pairs"):
+        value = getattr(args, name)
+        if value < 1 or value & (value - 1):
+            parser.error(f"--{name.replace('_', '-')} must be a power of two: perftest aligns its ring to its size")
+    if args.queue_pairs > min(8, args.slots):
+        parser.error("--queue-pairs is at most 8, and at most --slots")
     if not shutil.which("ib_write_bw"):
         parser.error("ib_write_bw is not installed: it comes with the package perftest")
     if (
@@ -233,10 +249,11 @@ def main() -> None:
     args.device, args.gid_index, args.tcp_port = route.device, route.gid_index, 18515
     print(
         f"device {route.device}, GID {route.gid_index}, MTU {route.active_mtu}, {os.cpu_count()} CPUs, depth {args.slots}, "
-        f"{args.rounds} rounds, spin_s {args.sender_spin} and {args.receiver_spin}"
+        f"{args.queue_pairs} queue pairs, {args.rounds} rounds, spin_s {args.sender_spin} and {args.receiver_spin}"
     )
     print(
-        f"{'':>10} {'CPUs':>6} {'bytes':>8} {'rdmaxfer':>9} {'perftest':>9} {'ratio':>6} {'one buffer':>11} {'ratio':>6} "
+        f"{'':>10} {'CPUs':>6} {'bytes':>8} {'rdmaxfer':>9} {'perftest':>9} {'ratio':>6} "
+        f"{'as many QPs':>12} {'ratio':>6} {'one buffer':>11} {'ratio':>6} "
         f"{'CPU us/frame: sender':>21} {'receiver':>9}"
     )
     with tempfile.TemporaryDirectory() as directory:
@@ -257,6 +274,7 @@ def compare(args: argparse.Namespace, kind: str, cpus: str, size: int) -> None:
         "perftest": lambda: perftest(args, kind, size, count, ring=kind == "bw"),
     }
     if kind == "bw":
+        runs["as many QPs"] = lambda: perftest(args, kind, size, count, ring=True, queue_pairs=args.queue_pairs)
         runs["one buffer"] = lambda: perftest(args, kind, size, count, ring=False)
     rounds: list[dict[str, dict[str, float]]] = []
     for number in range(args.rounds):
@@ -268,7 +286,7 @@ def compare(args: argparse.Namespace, kind: str, cpus: str, size: int) -> None:
 
     mine = median("rdmaxfer", "value")
     line = f"{'us one way' if kind == 'lat' else 'MB/s':>10} {cpus:>6} {size:>8} {mine:>9.1f}"
-    for name, width in (("perftest", 9), ("one buffer", 11)):
+    for name, width in (("perftest", 9), ("as many QPs", 12), ("one buffer", 11)):
         if name in runs:
             theirs = median(name, "value")
             line += f" {theirs:>{width}.1f} {theirs / mine if kind == 'lat' else mine / theirs:>6.2f}"
@@ -284,7 +302,7 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["receive"]:
         child = argparse.ArgumentParser()
         child.add_argument("--kind")
-        for name in ("--size", "--count", "--warm-up", "--slots"):
+        for name in ("--size", "--count", "--warm-up", "--slots", "--queue-pairs"):
             child.add_argument(name, type=int)
         child.add_argument("--spin", type=float)
         receive(child.parse_args(sys.argv[2:]))

@@ -33,6 +33,7 @@ NO_SESSION = bytes(SESSION_BYTES)
 MAX_TEXT_CHARS = 1024
 MAX_NAME_CHARS = 128
 MAX_FABRICS = 8
+MAX_QUEUE_PAIRS = 8
 MAX_SLOTS = 1 << 16
 MAX_SLOT_BYTES = 0xFF_FFFF * 4096
 """The most that the in-band RESIZE_WANTED can ask for."""
@@ -75,16 +76,22 @@ class RefuseCode(str, enum.Enum):
     INTERNAL = "internal"
 
 
+class QueuePair(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Its number, and the PSN of the first packet it sends."""
+
+    qp_num: _U24
+    psn: _U24
+
+
 class VerbsAddress(
     msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind", tag="verbs"
 ):
-    """A queue pair, and how to reach it. `active_mtu` and `max_msg_sz` are in bytes."""
+    """The queue pairs of one end, and how to reach them. `active_mtu` and `max_msg_sz` are in bytes."""
 
     device: _Name
     gid: Annotated[bytes, Meta(min_length=16, max_length=16)]
     lid: _U16
-    qp_num: _U24
-    psn: _U24
+    queue_pairs: Annotated[tuple[QueuePair, ...], Meta(min_length=1, max_length=MAX_QUEUE_PAIRS)]
     link_layer: Literal["ethernet", "infiniband"]
     active_mtu: int
     max_msg_sz: _MaxMsgSz
@@ -327,6 +334,8 @@ def _check(message: Message) -> None:
 
 def _check_fabric(fabric: Fabric) -> None:
     _check_mtu("active_mtu", fabric.active_mtu)
+    if len({each.qp_num for each in fabric.queue_pairs}) < len(fabric.queue_pairs):
+        raise ValueError("queue_pairs has one of them twice")
 
 
 def _check_mtu(name: str, value: int) -> None:

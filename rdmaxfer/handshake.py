@@ -1,7 +1,7 @@
 """How a Sender or Receiver answers the control plane: one handler for each bound endpoint, one for each `connect`.
 
 Everything here but `Connector.prepare` and `Connector.outcome` runs on the control thread, and decides by the node's own
-settings what the two sides agree on: fabric, GID, path MTU, slots, slot bytes.
+settings what the two sides agree on: fabric, GID, queue pairs, path MTU, slots, slot bytes.
 """
 
 from __future__ import annotations
@@ -27,14 +27,13 @@ L = TypeVar("L", bound=Link)
 
 
 def verbs_address(endpoint: Endpoint) -> messages.VerbsAddress:
-    """What the peer must know of this queue pair."""
+    """What the peer must know of these queue pairs."""
     a = endpoint.address
     return messages.VerbsAddress(
         device=a.device,
         gid=a.gid,
         lid=a.lid,
-        qp_num=a.qp_num,
-        psn=a.psn,
+        queue_pairs=tuple(messages.QueuePair(qp_num=each.qp_num, psn=each.psn) for each in a.queue_pairs),
         link_layer="ethernet" if a.link_layer == ETHERNET else "infiniband",
         active_mtu=a.active_mtu,
         max_msg_sz=a.max_msg_sz,
@@ -85,7 +84,7 @@ class Acceptor(Generic[L]):
                     f"{theirs.link_layer}.",
                     fix="choose devices on the same network with device=...",
                 )
-            link = node.open_link(hello.session, hello.name, route)
+            link = node.open_link(hello.session, hello.name, route, queue_pairs=len(theirs.queue_pairs))
         except DeviceError as error:
             return refused_for_fabric(hello, error)
         except ClosedError:
@@ -169,7 +168,7 @@ class Connector(Generic[L]):
         self._ended = False
 
     def prepare(self, host: str) -> None:
-        """Make the queue pair, on the caller's thread. Raises NoDevice, VerbsUnavailable, VerbsError."""
+        """Make the queue pairs, on the caller's thread. Raises NoDevice, VerbsUnavailable, VerbsError."""
         node = self._node
         link = node.open_link(self.session, host, node.route(host))
         link.chosen_here = True
@@ -205,6 +204,8 @@ class Connector(Generic[L]):
         mine = verbs_address(link.endpoint)
         if accept.fabric.link_layer != mine.link_layer:
             raise RemoteProtocolError("the peer chose a device of another link layer")
+        if len(accept.fabric.queue_pairs) > len(mine.queue_pairs):
+            raise RemoteProtocolError("the peer chose more queue pairs than this side has")
         if accept.path_mtu > min(mine.active_mtu, accept.fabric.active_mtu) or accept.max_msg_sz > mine.max_msg_sz:
             raise RemoteProtocolError("the peer chose a larger path MTU or message size than this side has")
         node.check_agreed(accept)

@@ -1,4 +1,4 @@
-"""One connection between a sender and a receiver: what both directions share. It owns the queue pair and the memory.
+"""One connection between a sender and a receiver: what both directions share. It owns the queue pairs and the memory.
 
 A link is passive: its node calls it with the node's lock held, and gives it the completions that the node polled. It never waits.
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 log = logging.getLogger("rdmaxfer")
 
 EXTRA_RECVS = 4
-"""Receives posted beyond one a slot: for BYE and resize messages."""
+"""Receives posted on a lane beyond one a slot: for BYE and resize messages."""
 
 
 def send_depth(slots: int) -> int:
-    """Work requests that a link's send queue holds: two a slot, and enough to split a large frame where max_msg_sz is small."""
+    """Work requests that a lane's send queue holds: two a slot, and enough to split a large frame where max_msg_sz is small."""
     return max(64, 2 * slots + 16)
 
 
@@ -53,6 +53,7 @@ class Completion(Protocol):
     has_imm: int
     vendor_err: int
     is_recv: int
+    lane: int
 
 
 class Link:
@@ -105,14 +106,16 @@ class Link:
                 self._on_recv(wc, tag)
             else:
                 self._on_sent(wc)
-        except RemoteProtocolError as error:
-            log.warning("dropping the connection with %s: %s", self.peer, error)
-            self.fail(error)
         except RdmaxferError as error:
-            self.fail(error)
+            self._drop(error)
 
     def after_poll(self) -> None:
-        """All completions of one poll were handled."""
+        """All completions of one poll were handled. Called again if Ctrl-C came in between."""
+
+    def _drop(self, error: RdmaxferError) -> None:
+        if isinstance(error, RemoteProtocolError):
+            log.warning("dropping the connection with %s: %s", self.peer, error)
+        self.fail(error)
 
     def _completion_error(self, wc: Completion) -> RdmaxferError:
         from rdmaxfer.fabric.native import completion_error
@@ -126,7 +129,7 @@ class Link:
         raise NotImplementedError
 
     def teardown(self, timeout_s: float) -> None:
-        """Drain and destroy the queue pair, unregister the memory. The caller keeps everybody else away from this link."""
+        """Drain and destroy the queue pairs, unregister the memory. The caller keeps everybody else away from this link."""
         if self.torn_down:
             return
         self.torn_down = True

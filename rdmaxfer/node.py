@@ -79,6 +79,7 @@ class Node(Generic[L]):
         gid_index: int | None,
         slots: int,
         slot_bytes: int,
+        queue_pairs: int,
         spin_s: float,
         lease_s: float,
     ) -> None:
@@ -86,6 +87,8 @@ class Node(Generic[L]):
             raise ValueError(f"slots is a number from 1 to 4096, not {slots!r}")
         if not 0 <= slot_bytes <= messages.MAX_SLOT_BYTES:
             raise ValueError(f"slot_bytes is a number of bytes from 0 to {messages.MAX_SLOT_BYTES}, not {slot_bytes!r}")
+        if not 1 <= queue_pairs <= messages.MAX_QUEUE_PAIRS:
+            raise ValueError(f"queue_pairs is a number from 1 to {messages.MAX_QUEUE_PAIRS}, not {queue_pairs!r}")
         if not 0.2 <= lease_s <= messages.MAX_LEASE_S:
             raise ValueError(f"lease_s is a number of seconds from 0.2 to {messages.MAX_LEASE_S:.0f}, not {lease_s!r}")
         if not 0 <= spin_s <= 1:
@@ -95,6 +98,7 @@ class Node(Generic[L]):
         self._gid_index = gid_index
         self._slots = slots
         self._slot_bytes = slot_bytes
+        self._queue_pairs = queue_pairs
         self.lease_s = lease_s
         self.name = f"{socket.gethostname()}/{os.getpid()}"[:128]
 
@@ -228,10 +232,11 @@ class Node(Generic[L]):
             peer_gid=peer_gid,
         )
 
-    def open_link(self, session: bytes, peer: str, route: Route) -> L:
-        """A link with a queue pair in INIT, receives posted."""
+    def open_link(self, session: bytes, peer: str, route: Route, *, queue_pairs: int = messages.MAX_QUEUE_PAIRS) -> L:
+        """A link with queue pairs in INIT, receives posted; with no more of them than the peer's `queue_pairs`."""
+        lanes = min(self._queue_pairs, queue_pairs)
         with self._making(), ExitStack() as stack:
-            link = self._make_link(session, peer, self._domain(route), route, stack)
+            link = self._make_link(session, peer, self._domain(route), route, lanes, stack)
             link.reason = route.reason
             with self._lock:
                 self._opening[session] = link
@@ -241,10 +246,9 @@ class Node(Generic[L]):
     def prepare_link(
         self, link: L, theirs: messages.VerbsAddress, *, path_mtu: int, max_msg_sz: int, max_slot_bytes: int
     ) -> None:
-        """Bring the link's queue pair to RTS, towards the peer's."""
+        """Bring the link's queue pairs to RTS, towards the peer's."""
         link.endpoint.connect(
-            qp_num=theirs.qp_num,
-            psn=theirs.psn,
+            queue_pairs=[(each.qp_num, each.psn) for each in theirs.queue_pairs],
             gid=theirs.gid,
             lid=theirs.lid,
             path_mtu=path_mtu,
@@ -261,7 +265,7 @@ class Node(Generic[L]):
                 log.info("connected with %s over verbs: %s", link.peer, link.reason)
             self._waiter.wake()
 
-    def _make_link(self, session: bytes, peer: str, domain: Domain, route: Route, owned: ExitStack) -> L:
+    def _make_link(self, session: bytes, peer: str, domain: Domain, route: Route, lanes: int, owned: ExitStack) -> L:
         raise NotImplementedError
 
     def wishes(self) -> tuple[int, int, int]:

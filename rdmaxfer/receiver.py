@@ -73,6 +73,8 @@ class Receiver(Node[RecvLink]):
       slots: frames that may be on their way or held at a time, for each sender.
       slot_bytes: payload bytes a slot begins with; it grows when a larger frame comes.
       max_frame_bytes: the largest frame accepted. A sender can make this receiver register up to slots * max_frame_bytes.
+      queue_pairs: queue pairs of each connection (1 to 8), over which its frames take turns; the smaller wish of the two sides
+        counts. Two keep more of a device or of Soft-RoCE busy than one.
       spin_s: seconds to poll busily before a wait sleeps. Lowers latency when a core is to spare.
       lease_s: seconds without a sign of life after which a peer is given up.
 
@@ -90,6 +92,7 @@ class Receiver(Node[RecvLink]):
         slots: int = 16,
         slot_bytes: int = 1 << 20,
         max_frame_bytes: int = 128 << 20,
+        queue_pairs: int = 2,
         spin_s: float = 0.0,
         lease_s: float = 5.0,
     ) -> None:
@@ -104,6 +107,7 @@ class Receiver(Node[RecvLink]):
             gid_index=gid_index,
             slots=slots,
             slot_bytes=slot_bytes,
+            queue_pairs=queue_pairs,
             spin_s=spin_s,
             lease_s=lease_s,
         )
@@ -272,12 +276,19 @@ class Receiver(Node[RecvLink]):
 
     # --- what the handshake asks (rdmaxfer.handshake) -------------------------------------------------------------------
 
-    def _make_link(self, session: bytes, peer: str, domain: Domain, route: Route, owned: ExitStack) -> RecvLink:
+    def _make_link(
+        self, session: bytes, peer: str, domain: Domain, route: Route, lanes: int, owned: ExitStack
+    ) -> RecvLink:
         from rdmaxfer.fabric.verbs import Endpoint
 
         pd = owned.enter_context(domain.protection_domain())
         endpoint = Endpoint(
-            pd, route, send_depth=send_depth(self._slots), recv_depth=recv_depth(self._slots), remote_write=True
+            pd,
+            route,
+            send_depth=send_depth(self._slots),
+            recv_depth=recv_depth(self._slots),
+            lanes=lanes,
+            remote_write=True,
         )
         owned.callback(endpoint.close)
         return RecvLink(session, peer, endpoint, owned.pop_all(), pd, self)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import deque
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -34,6 +34,15 @@ class RingMemory:
         self.buffer = Buffer(slots * self.stride)
         self.region = pd.register(self.buffer, remote_write=True)
         self.view = self.buffer.view(0, self.buffer.nbytes).toreadonly()
+
+
+class _Arrival(NamedTuple):
+    """A frame that is in its slot, and was not looked at yet."""
+
+    position: int
+    imm: inband.Imm
+    written_bytes: int
+    tag: tuple[int, int]
 
 
 class Inbox(Protocol):
@@ -70,17 +79,24 @@ class RecvLink(Link):
         self._unsignalled = 0
         self._sent = 0
         self._sent_completed = 0
-        self._consumed = 0
-        self._reposted = 0
+        self._arrivals: list[_Arrival | None] = []
+        """By slot: a lane may be ahead of another, and frames are taken in the order of their positions."""
+        self._byes = 0
+        """Bit `n`: the sender said goodbye on lane `n`."""
+        self._consumed: list[int] = []
+        self._reposted: list[int] = []
         self._repost_due = False
         self._credit_asked = -1
-        """The count of frames received when the sender asked for credit; -1: it has not."""
+        """How many frames had been sent when the sender asked for credit; -1: it has not."""
         self._credit_seen = 0
         owned.callback(self._unregister)
 
     def make_ring(self, slots: int, slot_bytes: int) -> RingAddress:
-        """Register the first ring. Raises NoMemory, MemlockError, VerbsError."""
-        self.ring = RecvRing(slots)
+        """Register the first ring, for the lanes of the connected endpoint. Raises NoMemory, MemlockError, VerbsError."""
+        lanes = self.endpoint.lanes
+        self.ring = RecvRing(slots, lanes)
+        self._arrivals = [None] * slots
+        self._consumed, self._reposted = [0] * lanes, [0] * lanes
         self._depth = send_depth(slots)
         return self._address(0, self.new_memory(slot_bytes))
 
@@ -117,39 +133,62 @@ class RecvLink(Link):
     def _on_recv(self, wc: Completion, tag: tuple[int, int]) -> None:
         if not wc.has_imm:
             raise RemoteProtocolError("the sender sent a message where only frames are expected")
-        imm = inband.unpack_imm(wc.imm)
+        imm, lane, ring = inband.unpack_imm(wc.imm), wc.lane, self.ring
         if imm.kind is inband.ImmKind.FRAME:
-            self._on_frame(imm, wc.byte_len, tag)
+            position = ring.check_arrival(lane, imm.slot)
+            self._arrivals[imm.slot] = _Arrival(position, imm, wc.byte_len, tag)
+            ring.next_on[lane] = position + ring.lanes
+            self.writes_received += 1
+            self._consumed[lane] += 1
+            self._handled = tag
             return
         if imm.kind is inband.ImmKind.BYE:
-            self.end()
+            self._byes |= 1 << lane
+            if self._byes + 1 == 1 << ring.lanes:
+                self._take_arrivals()
+                if ring.received != self.writes_received:
+                    raise RemoteProtocolError("the sender said goodbye, and left out frames on one of its lanes")
+                self.end()
         elif imm.kind is inband.ImmKind.CREDIT_WANTED:
-            self._credit_asked = self.ring.received
+            self._credit_asked = max(self._credit_asked, ring.next_on[lane] - ring.lanes + 1)
         else:
             self._inbox.resize_asked(self, imm.wanted_bytes)
-        self._consumed += 1
+        self._consumed[lane] += 1
         self._repost_due = True
         self._handled = tag
         if imm.kind is inband.ImmKind.CREDIT_WANTED:
             self.give_credit()
 
     def after_poll(self) -> None:
-        # Receives that frames took are posted again along with their credit; those of other messages have none to wait for.
-        if self._repost_due:
-            self._repost_due = False
-            try:
+        try:
+            self._take_arrivals()
+            # Receives that frames took are posted again along with their credit; those of other messages have none to wait for.
+            if self._repost_due and self.live:
+                self._repost_due = False
                 self._repost()
-            except RdmaxferError as error:
-                self.fail(error)
+        except RdmaxferError as error:
+            self._drop(error)
 
     def _repost(self) -> None:
-        due = self._consumed - self._reposted
-        if due:
-            self._reposted += due
-            self.endpoint.repost_recv([0] * due)
+        for lane, consumed in enumerate(self._consumed):
+            due = consumed - self._reposted[lane]
+            if due:
+                self._reposted[lane] = consumed
+                self.endpoint.repost_recv([0] * due, lane)
 
-    def _on_frame(self, imm: inband.Imm, written_bytes: int, tag: tuple[int, int]) -> None:
-        position, epoch = self.ring.check_frame(imm.epoch, imm.slot)
+    def _take_arrivals(self) -> None:
+        """Make frames of what has arrived, as far as there is no gap."""
+        ring = self.ring
+        while (arrival := self._arrivals[ring.received % ring.slots]) and arrival.position == ring.received:
+            try:
+                self._take(arrival)
+            except RdmaxferError:
+                self._arrivals = [None] * ring.slots  # the end of this link: nothing behind it is taken
+                raise
+
+    def _take(self, arrival: _Arrival) -> None:
+        position, imm, written_bytes, tag = arrival
+        epoch = self.ring.check_epoch(imm.epoch)
         memory = self._memory[epoch]
         start = imm.slot * memory.stride + framing.HEADER_ROOM
         # Copied once, then checked: the sender could change the original at any time.
@@ -169,12 +208,9 @@ class RecvLink(Link):
         ring = self.ring
         ring.epoch = epoch
         ring.received = position + 1
-        self.writes_received += 1
-        self._consumed += 1
-        self._handled = tag
 
     def _leave_older(self, epoch: int) -> None:
-        # All earlier writes have completed before this one, so nothing can arrive there any more. Leases keep the memory itself.
+        # All frames before this one have arrived, so nothing can arrive there any more. Leases keep the memory itself.
         for old in [number for number in self._memory if number < epoch]:
             self._memory.pop(old).region.close()
 

@@ -5,6 +5,9 @@ The sender may be at most `slots` positions ahead of what the receiver has *rele
 absolute number, so that a repeated or late message is harmless. Slots are released in any order, but counted in ring order:
 one lease held for long stops the ring once the other slots are used up, and never loses anything.
 
+A connection may have several *lanes* (queue pairs): the frame at position `p` goes over lane `p % lanes`. Each keeps its order, but
+one may be ahead of another; so the receiver notes what has arrived on each, and takes frames in the order of their positions.
+
 Positions and counts are 64-bit and don't wrap.
 """
 
@@ -22,17 +25,19 @@ def _check_slots(slots: int) -> None:
 class SendRing:
     """The sender's view: how many frames it may still write."""
 
-    __slots__ = ("completed", "position", "released", "slots")
+    __slots__ = ("_uncompleted", "completed", "lanes", "position", "released", "slots")
 
-    def __init__(self, slots: int) -> None:
+    def __init__(self, slots: int, lanes: int = 1) -> None:
         _check_slots(slots)
         self.slots = slots
+        self.lanes = lanes
         self.position = 0
         """Position of the next frame."""
         self.released = 0
         """Frames that the receiver has released: what the latest credit said."""
         self.completed = 0
-        """Frames whose work request has completed here: their memory may be reused."""
+        """Frames whose work request has completed here, and those of all before them: their memory may be reused."""
+        self._uncompleted = list(range(lanes))
 
     def __repr__(self) -> str:
         return f"<SendRing position={self.position} completed={self.completed} released={self.released} slots={self.slots}>"
@@ -68,26 +73,33 @@ class SendRing:
         self.released = released
 
     def on_completed(self, position: int) -> None:
-        """The work request of `position`, and so of all before it, has completed."""
-        if not self.completed <= position + 1 <= self.position:
-            raise LocalProtocolError(f"position {position} completed after {self.completed} of {self.position}")
-        self.completed = position + 1
+        """The work request of `position`, and so of all before it on its lane, has completed."""
+        lane = position % self.lanes
+        if not self._uncompleted[lane] <= position + self.lanes or position >= self.position:
+            raise LocalProtocolError(
+                f"position {position} completed after {self._uncompleted[lane]} of {self.position}"
+            )
+        self._uncompleted[lane] = position + self.lanes
+        self.completed = min(self._uncompleted)
 
 
 class RecvRing:
     """The receiver's view: which slot comes next, which are leased, and when credit is due."""
 
-    __slots__ = ("_done", "announced", "epoch", "received", "released", "slots", "spare_epoch")
+    __slots__ = ("_done", "announced", "epoch", "lanes", "next_on", "received", "released", "slots", "spare_epoch")
 
-    def __init__(self, slots: int, epoch: int = 0) -> None:
+    def __init__(self, slots: int, lanes: int = 1, epoch: int = 0) -> None:
         _check_slots(slots)
         self.slots = slots
+        self.lanes = lanes
+        self.next_on = list(range(lanes))
+        """Position of the next frame to arrive, for each lane."""
         self.epoch = epoch
         """Number of the memory that frames arrive in; a resize adds one."""
         self.spare_epoch = epoch
         """Number of the newest memory on offer, to which the sender may turn at any frame."""
         self.received = 0
-        """Position of the next frame."""
+        """Position of the next frame to take: all before it have arrived."""
         self.released = 0
         """Released without a gap from the beginning."""
         self.announced = 0
@@ -105,17 +117,22 @@ class RecvRing:
         self.spare_epoch += 1
         return self.spare_epoch
 
-    def check_frame(self, epoch: int, slot: int) -> tuple[int, int]:
-        """Whether a frame may have arrived in `slot` of epoch `epoch` (mod 64) now. Returns (position, full epoch) and changes
-        nothing: set `epoch` and `received` when the frame is good. Raises RemoteProtocolError."""
-        position = self.received
+    def check_arrival(self, lane: int, slot: int) -> int:
+        """Whether a frame may have arrived in `slot` over `lane` now. Returns its position and changes nothing: add `lanes` to
+        `next_on[lane]` when it is noted. Raises RemoteProtocolError."""
+        position = self.next_on[lane]
         if slot != position % self.slots:
             raise RemoteProtocolError(f"the sender wrote slot {slot}, but slot {position % self.slots} comes next")
         if position - self.announced >= self.slots:
             raise RemoteProtocolError("the sender wrote a frame without credit")
+        return position
+
+    def check_epoch(self, epoch: int) -> int:
+        """Whether the frame at `received` may lie in the memory of epoch `epoch` (mod 64). Returns the full number and changes
+        nothing: set `epoch` and `received` when the frame is good. Raises RemoteProtocolError."""
         for full in range(self.epoch, self.spare_epoch + 1):
             if full % EPOCH_MODULUS == epoch:
-                return position, full
+                return full
         raise RemoteProtocolError(
             f"the sender wrote into epoch {epoch}; {self.epoch} to {self.spare_epoch} are on offer"
         )

@@ -40,6 +40,20 @@ class _Posted:
                 source.idle()
 
 
+class _Lane:
+    """What was posted on one queue pair, counted in work requests, and which of it was not seen completed."""
+
+    __slots__ = ("completed", "in_flight", "number", "posted", "said_bye", "unsignalled")
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.posted = 0
+        self.completed = 0
+        self.unsignalled = 0
+        self.in_flight: deque[_Posted] = deque()
+        self.said_bye = False
+
+
 class SendLink(Link):
     """The sender's side: writes frames into the receiver's ring."""
 
@@ -54,16 +68,12 @@ class SendLink(Link):
         self.resize_error: RdmaxferError | None = None
         self._credit_asked_at = 0
         self.credits_received = 0
-        self.said_bye = False
         self._headers = Buffer(0)
         self._header_view = self._headers.view(0, 0)
         self._header_lkey = 0
         self._half = 1
         self._depth = 0
-        self._unsignalled = 0
-        self._in_flight: deque[_Posted] = deque()
-        self._posted = 0
-        self._completed = 0
+        self._lanes: list[_Lane] = []
         self._recvs_due: list[int] = []
         self.latest_seq = -1
         """Sequence number of the latest frame written."""
@@ -71,8 +81,9 @@ class SendLink(Link):
         """Sequence numbers of frames written and not yet released, oldest first."""
 
     def prepare(self, slots: int) -> None:
-        """Make room for `slots` frames on their way. Raises MemlockError, VerbsError."""
-        self.ring = SendRing(slots)
+        """Make room for `slots` frames on their way, over the lanes of the connected endpoint. Raises MemlockError, VerbsError."""
+        self._lanes = [_Lane(number) for number in range(self.endpoint.lanes)]
+        self.ring = SendRing(slots, len(self._lanes))
         self._half = max(1, slots // 2)
         self._depth = send_depth(slots)
         # A header block for every slot of the ring: the headers differ by receiver, the payload is shared.
@@ -101,11 +112,16 @@ class SendLink(Link):
 
     def can_push(self, nbytes: int) -> bool:
         """Whether a frame of `nbytes` could be written now."""
-        return self.ring.can_take() and self._room >= self.endpoint.wr_count(nbytes + framing.HEADER_ROOM)
+        return self.ring.can_take() and self._room(self._next_lane) >= self.endpoint.wr_count(
+            nbytes + framing.HEADER_ROOM
+        )
 
     @property
-    def _room(self) -> int:
-        return self._depth - (self._posted - self._completed)
+    def _next_lane(self) -> _Lane:
+        return self._lanes[self.ring.position % len(self._lanes)]
+
+    def _room(self, lane: _Lane) -> int:
+        return self._depth - (lane.posted - lane.completed)
 
     def fits_queue(self, nbytes: int) -> bool:
         """Whether a frame of `nbytes` is few enough work requests for the send queue at all."""
@@ -128,6 +144,7 @@ class SendLink(Link):
         ring = self.ring
         position = ring.position
         slot = position % remote.slots
+        lane = self._next_lane
         end = (slot + 1) * framing.HEADER_ROOM
         self.endpoint.clear_posted()
         try:
@@ -143,7 +160,7 @@ class SendLink(Link):
                 pushed_ns=pushed_ns,
                 metadata=metadata,
             )
-            signaled = self._record(self.endpoint.wr_count(header_bytes + kind.payload_bytes), position, source)
+            signaled = self._record(lane, self.endpoint.wr_count(header_bytes + kind.payload_bytes), position, source)
             if not self.seqs or self.seqs[-1] != seq:
                 self.seqs.append(seq)
             imm = inband.pack_frame_imm(remote.epoch, header_bytes, slot)
@@ -159,8 +176,9 @@ class SendLink(Link):
                 remote.address + slot * remote.slot_stride + framing.HEADER_ROOM - header_bytes,
                 remote.rkey,
                 imm,
-                self._posted,
+                lane.posted,
                 signaled,
+                lane.number,
             )
         except DeviceError as error:
             self._broke(error)
@@ -170,70 +188,77 @@ class SendLink(Link):
                 self.latest_seq = -1
             raise
 
-    def _record(self, wrs: int, position: int, source: Source | None, *, signaled: bool = False) -> bool:
+    def _record(self, lane: _Lane, wrs: int, position: int, source: Source | None, *, signaled: bool = False) -> bool:
         """Note work requests about to be posted; says whether the last of them must be signalled."""
-        unsignalled = self._unsignalled + wrs
+        unsignalled = lane.unsignalled + wrs
         if not signaled:
-            signaled = (position + 1) % self._half == 0 or unsignalled * 4 >= self._depth
-        posted = _Posted(self._posted + wrs, position, source)
-        self._in_flight.append(posted)
+            # Each lane's last frame in half of the ring.
+            signaled = position % self._half >= self._half - len(self._lanes) or unsignalled * 4 >= self._depth
+        posted = _Posted(lane.posted + wrs, position, source)
+        lane.in_flight.append(posted)
         if source is not None:
             source.in_flight += 1
             posted.counted = True
-        self._unsignalled = 0 if signaled else unsignalled
-        self._posted += wrs
+        lane.unsignalled = 0 if signaled else unsignalled
+        lane.posted += wrs
         return signaled
 
     def _broke(self, error: RdmaxferError) -> None:
         self.fail(PeerLost(f"the connection with {self.peer} broke: {error}"))
 
     def fence(self) -> None:
-        """Make sure that the completion of everything posted so far will be seen: an empty, signalled WRITE ends the queue."""
-        if self._unsignalled and self.live and self._room:
-            self._record(1, -1, None, signaled=True)
-            try:
-                self.endpoint.write_empty(self._posted)
-            except DeviceError as error:
-                self._broke(error)
+        """Make sure that the completion of everything posted so far will be seen: an empty, signalled WRITE ends each queue."""
+        for lane in self._lanes:
+            if lane.unsignalled and self.live and self._room(lane):
+                self._record(lane, 1, -1, None, signaled=True)
+                try:
+                    self.endpoint.write_empty(lane.posted, lane.number)
+                except DeviceError as error:
+                    self._broke(error)
 
     def ask_credit(self) -> None:
         """Ask the receiver to tell at once what it releases, rather than to wait until half of the ring has come together."""
-        if self._credit_asked_at != self.ring.position and self.live and self._write_imm(inband.pack_credit_imm()):
+        if self._credit_asked_at == self.ring.position or not self.live:
+            return
+        # Behind the last frame of every lane, so that the receiver knows all that is meant.
+        if all(self._write_imm(lane, inband.pack_credit_imm()) for lane in self._lanes):
             self._credit_asked_at = self.ring.position
 
     def ask_resize(self, nbytes: int) -> bool:
         """Ask the receiver, in band, for larger slots (it answers with RESIZE on its control socket). False: no room now."""
-        return self._write_imm(inband.pack_resize_imm(nbytes))
+        return self._write_imm(self._lanes[0], inband.pack_resize_imm(nbytes))
 
     def say_bye(self) -> bool:
-        """Tell the receiver, in band and after all frames, that no more come. False while the send queue is full."""
-        if not self.said_bye and self.live:
-            self.said_bye = self._write_imm(inband.pack_bye_imm())
-            return self.said_bye
-        return True
+        """Tell the receiver, on every lane and after all frames, that no more come. False while a send queue is full."""
+        for lane in self._lanes:
+            if not lane.said_bye and self.live:
+                lane.said_bye = self._write_imm(lane, inband.pack_bye_imm())
+        return not self.live or all(lane.said_bye for lane in self._lanes)
 
-    def _write_imm(self, imm: int) -> bool:
-        if not self._room:
+    def _write_imm(self, lane: _Lane, imm: int) -> bool:
+        if not self._room(lane):
             return False
-        self._record(1, -1, None, signaled=True)
+        self._record(lane, 1, -1, None, signaled=True)
         try:
-            self.endpoint.write_imm(imm, self._posted)
+            self.endpoint.write_imm(imm, lane.posted, lane.number)
         except DeviceError as error:
             self._broke(error)
         return True
 
     @property
     def all_completed(self) -> bool:
-        return not self._in_flight
+        return not any(lane.in_flight for lane in self._lanes)
 
     def _on_sent(self, wc: Completion) -> None:
-        while self._in_flight and self._in_flight[0].ordinal <= wc.wr_id:
-            posted = self._in_flight[0]
+        lane = self._lanes[wc.lane]
+        in_flight = lane.in_flight
+        while in_flight and in_flight[0].ordinal <= wc.wr_id:
+            posted = in_flight[0]
             if posted.position >= 0:
                 self.ring.on_completed(posted.position)
-            self._completed = posted.ordinal
+            lane.completed = posted.ordinal
             posted.finish()
-            self._in_flight.popleft()
+            in_flight.popleft()
 
     def _on_recv(self, wc: Completion, tag: tuple[int, int]) -> None:
         message = inband.unpack_message(self.endpoint.recv_payload(wc.wr_id, wc.byte_len))
@@ -268,6 +293,7 @@ class SendLink(Link):
 
     def teardown(self, timeout_s: float) -> None:
         super().teardown(timeout_s)
-        # The queue pair is gone: nothing reads from the memory any more.
-        while self._in_flight:
-            self._in_flight.popleft().finish()
+        # The queue pairs are gone: nothing reads from the memory any more.
+        for lane in self._lanes:
+            while lane.in_flight:
+                lane.in_flight.popleft().finish()

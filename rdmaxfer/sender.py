@@ -77,6 +77,8 @@ class Sender(Node[SendLink]):
       port, gid_index: which port and GID of the device; found by default.
       slots: frames that may be on their way or unreleased at a time. Each receiver may lower it for itself.
       slot_bytes: payload bytes to ask receivers to begin with (0: what they have); larger frames make slots grow.
+      queue_pairs: queue pairs of each connection (1 to 8), over which its frames take turns; the smaller wish of the two sides
+        counts. Two keep more of a device or of Soft-RoCE busy than one.
       spin_s: seconds to poll busily before a wait sleeps. Lowers latency when a core is to spare.
       lease_s: seconds without a sign of life after which a peer is given up.
 
@@ -93,6 +95,7 @@ class Sender(Node[SendLink]):
         gid_index: int | None = None,
         slots: int = 16,
         slot_bytes: int = 0,
+        queue_pairs: int = 2,
         spin_s: float = 0.0,
         lease_s: float = 5.0,
     ) -> None:
@@ -102,6 +105,7 @@ class Sender(Node[SendLink]):
             gid_index=gid_index,
             slots=slots,
             slot_bytes=slot_bytes,
+            queue_pairs=queue_pairs,
             spin_s=spin_s,
             lease_s=lease_s,
         )
@@ -410,7 +414,9 @@ class Sender(Node[SendLink]):
 
     # --- what the handshake asks (rdmaxfer.handshake) -------------------------------------------------------------------
 
-    def _make_link(self, session: bytes, peer: str, domain: Domain, route: Route, owned: ExitStack) -> SendLink:
+    def _make_link(
+        self, session: bytes, peer: str, domain: Domain, route: Route, lanes: int, owned: ExitStack
+    ) -> SendLink:
         from rdmaxfer.fabric.verbs import Endpoint
 
         with self._lock:
@@ -423,6 +429,7 @@ class Sender(Node[SendLink]):
             send_depth=send_depth(self._slots),
             recv_depth=recv_depth(self._slots),
             recv_bytes=MESSAGE_BYTES,
+            lanes=lanes,
             remote_write=False,
         )
         owned.callback(endpoint.close)

@@ -165,8 +165,7 @@ class Waiter(Generic[L]):
             self._polled[wc.index].handle(wc, (self._turn, self._handled))
             self._handled += 1
         for link in self._polled:
-            if link.live:
-                link.after_poll()
+            link.after_poll()
         poller.clear()
 
     def _lead(self, poller: Poller, sleep_s: float) -> None:

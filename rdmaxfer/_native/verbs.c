@@ -18,6 +18,8 @@
 #define BATCH 64                 /* work requests per doorbell, and completions per poll: what fits well on a stack */
 #define MAX_SGE 2                /* header, payload */
 #define RECV_BIT (1ULL << 63)    /* a failed completion has no opcode: wr_id tells RECVs from the rest */
+#define LANE_SHIFT 60            /* and which queue pair it belongs to */
+#define OWN_BITS ((1ULL << LANE_SHIFT) - 1)
 #define SPINS_PER_CLOCK 8
 
 struct rx_lib {
@@ -33,11 +35,12 @@ struct rx_lib {
     int (*fork_init)(void);
 };
 
-struct rx_qp {
+struct rx_ep {
     rx_lib *lib;
     struct ibv_comp_channel *channel;
     struct ibv_cq *cq;
-    struct ibv_qp *qp;
+    struct ibv_qp *qps[RX_MAX_LANES];
+    uint32_t lanes;
     uint32_t receives; /* atomic */
     int armed;         /* a notification was asked for and its event not yet read; only rx_wait touches it */
 };
@@ -114,96 +117,100 @@ int rx_fork_init(rx_lib *lib, rx_error *error) {
     return rc ? fail(error, "ibv_fork_init", rc) : 0;
 }
 
-/* --- queue pair ------------------------------------------------------------------------------------------------- */
+/* --- queue pairs ------------------------------------------------------------------------------------------------ */
 
-int rx_qp_destroy(rx_qp *q, rx_error *error) {
+int rx_ep_destroy(rx_ep *e, rx_error *error) {
     int rc;
-    if (!q)
+    if (!e)
         return 0;
-    if (q->qp) {
-        rc = q->lib->destroy_qp(q->qp);
+    for (; e->lanes; e->lanes--) {
+        rc = e->lib->destroy_qp(e->qps[e->lanes - 1]);
         if (rc)
             return fail(error, "ibv_destroy_qp", rc);
-        q->qp = NULL;
     }
-    if (q->cq) { /* every event was acknowledged when it was read: ibv_destroy_cq does not block */
-        rc = q->lib->destroy_cq(q->cq);
+    if (e->cq) { /* every event was acknowledged when it was read: ibv_destroy_cq does not block */
+        rc = e->lib->destroy_cq(e->cq);
         if (rc)
             return fail(error, "ibv_destroy_cq", rc);
-        q->cq = NULL;
+        e->cq = NULL;
     }
-    if (q->channel) {
-        rc = q->lib->destroy_comp_channel(q->channel);
+    if (e->channel) {
+        rc = e->lib->destroy_comp_channel(e->channel);
         if (rc)
             return fail(error, "ibv_destroy_comp_channel", rc);
     }
-    free(q);
+    free(e);
     return 0;
 }
 
-int rx_qp_create(rx_lib *lib, void *pd_pointer, rx_caps *caps, rx_qp **out, rx_error *error) {
+int rx_ep_create(rx_lib *lib, void *pd_pointer, uint32_t lanes, rx_caps *caps, rx_ep **out, rx_error *error) {
     struct ibv_pd *pd = pd_pointer;
     const char *verb;
     int code;
-    rx_qp *q = calloc(1, sizeof *q);
     *out = NULL;
-    if (!q)
+    if (lanes < 1 || lanes > RX_MAX_LANES)
+        return fail(error, "ibv_create_qp", EINVAL);
+    rx_ep *e = calloc(1, sizeof *e);
+    if (!e)
         return fail(error, "calloc", ENOMEM);
-    q->lib = lib;
+    e->lib = lib;
 
     verb = "ibv_create_comp_channel";
-    q->channel = lib->create_comp_channel(pd->context);
-    if (!q->channel)
+    e->channel = lib->create_comp_channel(pd->context);
+    if (!e->channel)
         goto failed;
     verb = "fcntl";
-    int flags = fcntl(q->channel->fd, F_GETFL);
-    if (flags < 0 || fcntl(q->channel->fd, F_SETFL, flags | O_NONBLOCK) < 0)
+    int flags = fcntl(e->channel->fd, F_GETFL);
+    if (flags < 0 || fcntl(e->channel->fd, F_SETFL, flags | O_NONBLOCK) < 0)
         goto failed;
     verb = "ibv_create_cq";
-    q->cq = lib->create_cq(pd->context, (int)caps->cqe, NULL, q->channel, 0);
-    if (!q->cq)
+    e->cq = lib->create_cq(pd->context, (int)caps->cqe, NULL, e->channel, 0);
+    if (!e->cq)
         goto failed;
-    struct ibv_qp_init_attr attr = {
-        .send_cq = q->cq,
-        .recv_cq = q->cq,
-        .qp_type = IBV_QPT_RC,
-        .cap = {.max_send_wr = caps->send_wr + 1,
-                .max_recv_wr = caps->recv_wr,
-                .max_send_sge = MAX_SGE,
-                .max_recv_sge = 1,
-                .max_inline_data = caps->max_inline},
-    };
     verb = "ibv_create_qp";
-    q->qp = lib->create_qp(pd, &attr);
-    if (!q->qp)
-        goto failed;
-
-    caps->cqe = (uint32_t)q->cq->cqe;
-    caps->send_wr = attr.cap.max_send_wr - 1;
-    caps->recv_wr = attr.cap.max_recv_wr;
-    caps->max_inline = attr.cap.max_inline_data;
-    *out = q;
+    rx_caps granted = {.cqe = (uint32_t)e->cq->cqe};
+    while (e->lanes < lanes) {
+        struct ibv_qp_init_attr attr = {
+            .send_cq = e->cq,
+            .recv_cq = e->cq,
+            .qp_type = IBV_QPT_RC,
+            .cap = {.max_send_wr = caps->send_wr + 1,
+                    .max_recv_wr = caps->recv_wr,
+                    .max_send_sge = MAX_SGE,
+                    .max_recv_sge = 1,
+                    .max_inline_data = caps->max_inline},
+        };
+        struct ibv_qp *qp = lib->create_qp(pd, &attr);
+        if (!qp)
+            goto failed;
+        e->qps[e->lanes++] = qp;
+        granted.send_wr = attr.cap.max_send_wr - 1;
+        granted.recv_wr = attr.cap.max_recv_wr;
+        granted.max_inline = attr.cap.max_inline_data;
+    }
+    *caps = granted;
+    *out = e;
     return 0;
 
 failed:
     code = errno;
-    rx_qp_destroy(q, NULL);
+    rx_ep_destroy(e, NULL);
     return fail(error, verb, code);
 }
 
-static int modify(rx_qp *q, struct ibv_qp_attr *attr, int mask, const char *what, rx_error *error) {
-    int rc = q->lib->modify_qp(q->qp, attr, mask | IBV_QP_STATE);
+static int modify(rx_ep *e, uint32_t lane, struct ibv_qp_attr *attr, int mask, const char *what, rx_error *error) {
+    int rc = lane < e->lanes ? e->lib->modify_qp(e->qps[lane], attr, mask | IBV_QP_STATE) : EINVAL;
     return rc ? fail(error, what, rc == -1 ? errno : rc) : 0;
 }
 
-int rx_qp_to_init(rx_qp *q, uint32_t port_num, uint32_t access, rx_error *error) {
+int rx_ep_to_init(rx_ep *e, uint32_t lane, uint32_t port_num, uint32_t access, rx_error *error) {
     struct ibv_qp_attr attr = {
         .qp_state = IBV_QPS_INIT,
         .pkey_index = 0,
         .port_num = (uint8_t)port_num,
         .qp_access_flags = access & RX_REMOTE_WRITE ? IBV_ACCESS_REMOTE_WRITE : 0,
     };
-    return modify(q, &attr, IBV_QP_PKEY_INDEX | IBV_QP_PORT | IBV_QP_ACCESS_FLAGS, "ibv_modify_qp(INIT)", error);
+    return modify(e, lane, &attr, IBV_QP_PKEY_INDEX | IBV_QP_PORT | IBV_QP_ACCESS_FLAGS, "ibv_modify_qp(INIT)", error);
 }
 
 static int mtu_of(uint32_t bytes, enum ibv_mtu *mtu) {
@@ -217,7 +224,7 @@ static int mtu_of(uint32_t bytes, enum ibv_mtu *mtu) {
     }
 }
 
-int rx_qp_to_rtr(rx_qp *q, const rx_path *path, rx_error *error) {
+int rx_ep_to_rtr(rx_ep *e, uint32_t lane, const rx_path *path, rx_error *error) {
     const char *what = "ibv_modify_qp(RTR)";
     struct ibv_qp_attr attr = {
         .qp_state = IBV_QPS_RTR,
@@ -240,13 +247,13 @@ int rx_qp_to_rtr(rx_qp *q, const rx_path *path, rx_error *error) {
         attr.ah_attr.grh.hop_limit = (uint8_t)path->hop_limit;
         attr.ah_attr.grh.traffic_class = (uint8_t)path->traffic_class;
     }
-    return modify(q, &attr,
+    return modify(e, lane, &attr,
                   IBV_QP_AV | IBV_QP_PATH_MTU | IBV_QP_DEST_QPN | IBV_QP_RQ_PSN | IBV_QP_MAX_DEST_RD_ATOMIC |
                       IBV_QP_MIN_RNR_TIMER,
                   what, error);
 }
 
-int rx_qp_to_rts(rx_qp *q, const rx_retry *retry, rx_error *error) {
+int rx_ep_to_rts(rx_ep *e, uint32_t lane, const rx_retry *retry, rx_error *error) {
     struct ibv_qp_attr attr = {
         .qp_state = IBV_QPS_RTS,
         .sq_psn = retry->sq_psn & 0xffffff,
@@ -255,25 +262,27 @@ int rx_qp_to_rts(rx_qp *q, const rx_retry *retry, rx_error *error) {
         .rnr_retry = (uint8_t)(retry->rnr_retry & 7),
         .max_rd_atomic = (uint8_t)retry->max_rd_atomic,
     };
-    return modify(q, &attr,
+    return modify(e, lane, &attr,
                   IBV_QP_SQ_PSN | IBV_QP_TIMEOUT | IBV_QP_RETRY_CNT | IBV_QP_RNR_RETRY | IBV_QP_MAX_QP_RD_ATOMIC,
                   "ibv_modify_qp(RTS)", error);
 }
 
-int rx_qp_to_err(rx_qp *q, rx_error *error) {
+int rx_ep_to_err(rx_ep *e, uint32_t lane, rx_error *error) {
     struct ibv_qp_attr attr = {.qp_state = IBV_QPS_ERR};
-    return modify(q, &attr, 0, "ibv_modify_qp(ERR)", error);
+    return modify(e, lane, &attr, 0, "ibv_modify_qp(ERR)", error);
 }
 
-uint32_t rx_qp_num(const rx_qp *q) { return q->qp->qp_num; }
+uint32_t rx_ep_qp_num(const rx_ep *e, uint32_t lane) { return lane < e->lanes ? e->qps[lane]->qp_num : 0; }
 
-uint32_t rx_qp_receives(const rx_qp *q) { return __atomic_load_n(&q->receives, __ATOMIC_RELAXED); }
+uint32_t rx_ep_receives(const rx_ep *e) { return __atomic_load_n(&e->receives, __ATOMIC_RELAXED); }
 
-int rx_qp_fd(const rx_qp *q) { return q->channel->fd; }
+int rx_ep_fd(const rx_ep *e) { return e->channel->fd; }
 
 /* --- posting ---------------------------------------------------------------------------------------------------- */
 
-static int fill_send(const rx_send_wr *in, struct ibv_send_wr *wr, struct ibv_sge *sge) {
+static uint64_t lane_bits(uint32_t lane) { return (uint64_t)lane << LANE_SHIFT; }
+
+static int fill_send(const rx_send_wr *in, uint32_t lane, struct ibv_send_wr *wr, struct ibv_sge *sge) {
     static const enum ibv_wr_opcode opcodes[] = {
         [RX_WRITE] = IBV_WR_RDMA_WRITE, [RX_WRITE_IMM] = IBV_WR_RDMA_WRITE_WITH_IMM, [RX_SEND] = IBV_WR_SEND};
     if (in->num_sge > MAX_SGE || in->opcode >= sizeof opcodes / sizeof *opcodes)
@@ -281,7 +290,7 @@ static int fill_send(const rx_send_wr *in, struct ibv_send_wr *wr, struct ibv_sg
     memset(wr, 0, sizeof *wr);
     for (uint32_t i = 0; i < in->num_sge; i++)
         sge[i] = (struct ibv_sge){.addr = in->addr[i], .length = in->length[i], .lkey = in->lkey[i]};
-    wr->wr_id = in->wr_id & ~RECV_BIT;
+    wr->wr_id = (in->wr_id & OWN_BITS) | lane_bits(lane);
     wr->sg_list = sge;
     wr->num_sge = (int)in->num_sge;
     wr->opcode = opcodes[in->opcode];
@@ -305,19 +314,21 @@ static int taken(const void *chain, const void *bad, size_t each, int n) {
     return distance < 0 || (size_t)distance >= each * (size_t)n ? n : (int)((size_t)distance / each);
 }
 
-int rx_post_send(rx_qp *q, const rx_send_wr *wrs, int n, int *posted, rx_error *error) {
+int rx_post_send(rx_ep *e, uint32_t lane, const rx_send_wr *wrs, int n, int *posted, rx_error *error) {
     struct ibv_send_wr chain[BATCH];
     struct ibv_sge sges[BATCH][MAX_SGE];
     *posted = 0;
+    if (lane >= e->lanes)
+        return fail(error, "ibv_post_send", EINVAL);
     while (*posted < n) {
         int count = n - *posted < BATCH ? n - *posted : BATCH;
         for (int i = 0; i < count; i++) {
-            if (fill_send(&wrs[*posted + i], &chain[i], sges[i]))
+            if (fill_send(&wrs[*posted + i], lane, &chain[i], sges[i]))
                 return fail(error, "ibv_post_send", EINVAL); /* nothing of this batch was posted */
             chain[i].next = i + 1 < count ? &chain[i + 1] : NULL;
         }
         struct ibv_send_wr *bad = NULL;
-        int rc = ibv_post_send(q->qp, chain, &bad);
+        int rc = ibv_post_send(e->qps[lane], chain, &bad);
         if (rc) {
             *posted += taken(chain, bad, sizeof *chain, count);
             return fail(error, "ibv_post_send", rc == -1 ? errno : rc);
@@ -327,17 +338,19 @@ int rx_post_send(rx_qp *q, const rx_send_wr *wrs, int n, int *posted, rx_error *
     return 0;
 }
 
-int rx_post_recv(rx_qp *q, const rx_recv_wr *wrs, int n, int *posted, rx_error *error) {
+int rx_post_recv(rx_ep *e, uint32_t lane, const rx_recv_wr *wrs, int n, int *posted, rx_error *error) {
     struct ibv_recv_wr chain[BATCH];
     struct ibv_sge sges[BATCH];
     *posted = 0;
+    if (lane >= e->lanes)
+        return fail(error, "ibv_post_recv", EINVAL);
     while (*posted < n) {
         int count = n - *posted < BATCH ? n - *posted : BATCH;
         for (int i = 0; i < count; i++) {
             const rx_recv_wr *in = &wrs[*posted + i];
             sges[i] = (struct ibv_sge){.addr = in->addr, .length = in->length, .lkey = in->lkey};
             chain[i] = (struct ibv_recv_wr){
-                .wr_id = in->wr_id | RECV_BIT,
+                .wr_id = (in->wr_id & OWN_BITS) | lane_bits(lane) | RECV_BIT,
                 .next = i + 1 < count ? &chain[i + 1] : NULL,
                 .sg_list = in->length ? &sges[i] : NULL,
                 .num_sge = in->length ? 1 : 0,
@@ -345,11 +358,11 @@ int rx_post_recv(rx_qp *q, const rx_recv_wr *wrs, int n, int *posted, rx_error *
         }
         struct ibv_recv_wr *bad = NULL;
         /* counted first: another thread may poll a completion before the post returns */
-        __atomic_add_fetch(&q->receives, (uint32_t)count, __ATOMIC_RELAXED);
-        int rc = ibv_post_recv(q->qp, chain, &bad);
+        __atomic_add_fetch(&e->receives, (uint32_t)count, __ATOMIC_RELAXED);
+        int rc = ibv_post_recv(e->qps[lane], chain, &bad);
         if (rc) {
             int done = taken(chain, bad, sizeof *chain, count);
-            __atomic_sub_fetch(&q->receives, (uint32_t)(count - done), __ATOMIC_RELAXED);
+            __atomic_sub_fetch(&e->receives, (uint32_t)(count - done), __ATOMIC_RELAXED);
             *posted += done;
             return fail(error, "ibv_post_recv", rc == -1 ? errno : rc);
         }
@@ -360,12 +373,12 @@ int rx_post_recv(rx_qp *q, const rx_recv_wr *wrs, int n, int *posted, rx_error *
 
 /* --- completions ------------------------------------------------------------------------------------------------ */
 
-static int poll_one(rx_qp *q, uint32_t index, rx_wc *out, int max, rx_error *error) {
+static int poll_one(rx_ep *e, uint32_t index, rx_wc *out, int max, rx_error *error) {
     struct ibv_wc wcs[BATCH];
     int got = 0;
     while (got < max) {
         int want = max - got < BATCH ? max - got : BATCH;
-        int n = ibv_poll_cq(q->cq, want, wcs);
+        int n = ibv_poll_cq(e->cq, want, wcs);
         if (n < 0)
             return got ? got : fail(error, "ibv_poll_cq", n == -1 ? EIO : n); /* the next poll fails again */
         uint32_t receives = 0;
@@ -375,7 +388,7 @@ static int poll_one(rx_qp *q, uint32_t index, rx_wc *out, int max, rx_error *err
             int has_imm = good && (wc->wc_flags & IBV_WC_WITH_IMM);
             receives += (uint32_t)recv;
             out[got++] = (rx_wc){
-                .wr_id = wc->wr_id & ~RECV_BIT,
+                .wr_id = wc->wr_id & OWN_BITS,
                 .status = wc->status,
                 .opcode = good ? wc->opcode : 0,
                 .byte_len = good ? wc->byte_len : 0,
@@ -384,21 +397,22 @@ static int poll_one(rx_qp *q, uint32_t index, rx_wc *out, int max, rx_error *err
                 .vendor_err = wc->vendor_err,
                 .index = index,
                 .is_recv = (uint32_t)recv,
+                .lane = (uint32_t)((wc->wr_id & ~RECV_BIT) >> LANE_SHIFT),
             };
         }
         if (receives)
-            __atomic_sub_fetch(&q->receives, receives, __ATOMIC_RELAXED);
+            __atomic_sub_fetch(&e->receives, receives, __ATOMIC_RELAXED);
         if (n < want)
             break;
     }
     return got;
 }
 
-static int poll_all(rx_qp **qps, int n, int first, rx_wc *out, int max, rx_error *error) {
+static int poll_all(rx_ep **eps, int n, int first, rx_wc *out, int max, rx_error *error) {
     int got = 0;
     for (int i = 0; i < n && got < max; i++) {
         int index = (int)(((unsigned)first + (unsigned)i) % (unsigned)n);
-        int rc = poll_one(qps[index], (uint32_t)index, out + got, max - got, error);
+        int rc = poll_one(eps[index], (uint32_t)index, out + got, max - got, error);
         if (rc < 0)
             return got ? got : rc;
         got += rc;
@@ -421,32 +435,32 @@ static void relax(void) {
 }
 
 /* An armed CQ whose event has not been read needs no second system call: its event is in the channel, or will be. */
-static int arm_all(rx_qp **qps, int n, rx_error *error) {
+static int arm_all(rx_ep **eps, int n, rx_error *error) {
     for (int i = 0; i < n; i++) {
-        if (qps[i]->armed)
+        if (eps[i]->armed)
             continue;
-        int rc = ibv_req_notify_cq(qps[i]->cq, 0);
+        int rc = ibv_req_notify_cq(eps[i]->cq, 0);
         if (rc)
             return fail(error, "ibv_req_notify_cq", rc == -1 ? errno : rc);
-        qps[i]->armed = 1;
+        eps[i]->armed = 1;
     }
     return 0;
 }
 
-static int take_event(rx_qp *q, rx_error *error) {
+static int take_event(rx_ep *e, rx_error *error) {
     struct ibv_cq *cq;
     void *context;
-    if (q->lib->get_cq_event(q->channel, &cq, &context))
+    if (e->lib->get_cq_event(e->channel, &cq, &context))
         return errno == EAGAIN || errno == EINTR ? 0 : fail(error, "ibv_get_cq_event", errno);
-    q->lib->ack_cq_events(cq, 1);
-    q->armed = 0;
+    e->lib->ack_cq_events(cq, 1);
+    e->armed = 0;
     return 0;
 }
 
 /* 1: look at the CQs (again); 0: the wait is over; < 0: an error. */
-static int sleep_once(rx_qp **qps, int n, int wake_fd, struct pollfd *fds, const struct timespec *left, rx_error *error) {
+static int sleep_once(rx_ep **eps, int n, int wake_fd, struct pollfd *fds, const struct timespec *left, rx_error *error) {
     for (int i = 0; i < n; i++)
-        fds[i] = (struct pollfd){.fd = qps[i]->channel->fd, .events = POLLIN};
+        fds[i] = (struct pollfd){.fd = eps[i]->channel->fd, .events = POLLIN};
     fds[n] = (struct pollfd){.fd = wake_fd, .events = POLLIN}; /* poll(2) skips a negative fd */
     int ready = ppoll(fds, (nfds_t)n + 1, left, NULL);
     if (ready < 0)
@@ -455,7 +469,7 @@ static int sleep_once(rx_qp **qps, int n, int wake_fd, struct pollfd *fds, const
         return 0;
     for (int i = 0; i < n; i++) {
         if (fds[i].revents & POLLIN) {
-            int rc = take_event(qps[i], error);
+            int rc = take_event(eps[i], error);
             if (rc)
                 return rc;
         } else if (fds[i].revents) { /* POLLERR, POLLHUP: the device was unplugged */
@@ -471,10 +485,10 @@ static int sleep_once(rx_qp **qps, int n, int wake_fd, struct pollfd *fds, const
     return fds[n].revents ? fail(error, "poll(wake_fd)", EBADF) : 1;
 }
 
-static int wait_all(rx_qp **qps, int n, int first, int wake_fd, uint64_t spin_ns, int64_t timeout_ns, rx_wc *out,
+static int wait_all(rx_ep **eps, int n, int first, int wake_fd, uint64_t spin_ns, int64_t timeout_ns, rx_wc *out,
                     int max, rx_error *error) {
     struct pollfd few[BATCH + 1], *fds = few;
-    int got = poll_all(qps, n, first, out, max, error);
+    int got = poll_all(eps, n, first, out, max, error);
     if (got || timeout_ns == 0 || max <= 0)
         return got;
     uint64_t start = 0, elapsed = 0; /* the clock is read only if needed: on some kernels that is a system call */
@@ -486,7 +500,7 @@ static int wait_all(rx_qp **qps, int n, int first, int wake_fd, uint64_t spin_ns
     while (n > 0 && elapsed < spin_ns) {
         for (int i = 0; i < SPINS_PER_CLOCK; i++) {
             relax();
-            got = poll_all(qps, n, first, out, max, error);
+            got = poll_all(eps, n, first, out, max, error);
             if (got)
                 return got;
         }
@@ -498,9 +512,9 @@ static int wait_all(rx_qp **qps, int n, int first, int wake_fd, uint64_t spin_ns
             return fail(error, "malloc", ENOMEM);
     }
     for (int more = 1, woken = 0; more > 0; woken = 1) {
-        got = arm_all(qps, n, error);
+        got = arm_all(eps, n, error);
         if (!got)
-            got = poll_all(qps, n, first, out, max, error); /* what came before the CQ was armed makes no event */
+            got = poll_all(eps, n, first, out, max, error); /* what came before the CQ was armed makes no event */
         if (got)
             break;
         if (timeout_ns >= 0 && start)
@@ -511,9 +525,9 @@ static int wait_all(rx_qp **qps, int n, int first, int wake_fd, uint64_t spin_ns
             break;
         uint64_t rest = limit - elapsed;
         struct timespec left = {.tv_sec = (time_t)(rest / 1000000000u), .tv_nsec = (long)(rest % 1000000000u)};
-        more = sleep_once(qps, n, wake_fd, fds, timeout_ns < 0 ? NULL : &left, error);
+        more = sleep_once(eps, n, wake_fd, fds, timeout_ns < 0 ? NULL : &left, error);
         /* Before arming again, which is a system call; nor does a wake or a timeout lose what came at the same moment. */
-        got = more < 0 ? more : poll_all(qps, n, first, out, max, error);
+        got = more < 0 ? more : poll_all(eps, n, first, out, max, error);
         if (got)
             break;
     }
@@ -523,15 +537,15 @@ static int wait_all(rx_qp **qps, int n, int first, int wake_fd, uint64_t spin_ns
 }
 
 /* The count is also stored: where the caller's return is lost (a signal handler that raises), the completions are not. */
-int rx_poll(rx_qp **qps, int n, int first, rx_wc *out, int max, int *taken, rx_error *error) {
-    int got = poll_all(qps, n, first, out, max, error);
+int rx_poll(rx_ep **eps, int n, int first, rx_wc *out, int max, int *taken, rx_error *error) {
+    int got = poll_all(eps, n, first, out, max, error);
     *taken = got > 0 ? got : 0;
     return got;
 }
 
-int rx_wait(rx_qp **qps, int n, int first, int wake_fd, uint64_t spin_ns, int64_t timeout_ns, rx_wc *out, int max,
+int rx_wait(rx_ep **eps, int n, int first, int wake_fd, uint64_t spin_ns, int64_t timeout_ns, rx_wc *out, int max,
             int *taken, rx_error *error) {
-    int got = wait_all(qps, n, first, wake_fd, spin_ns, timeout_ns, out, max, error);
+    int got = wait_all(eps, n, first, wake_fd, spin_ns, timeout_ns, out, max, error);
     *taken = got > 0 ? got : 0;
     return got;
 }

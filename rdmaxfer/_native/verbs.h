@@ -1,14 +1,14 @@
 /* The native core: what Python can't do fast, or can't do without holding the interpreter.
  *
- * It lives on an ibv_pd that pyverbs opened and registered memory on, and adds a completion channel, one CQ and one RC
- * QP for each connection. It holds no policy, no protocol and no global state.
+ * It lives on an ibv_pd that pyverbs opened and registered memory on, and adds a completion channel, one CQ and a few RC
+ * QPs (its lanes) for each end of a connection. It holds no policy, no protocol and no global state.
  *
  * - libibverbs is opened at run time and never linked, so that one build works on machines with and without it. Its
  *   headers are needed at build time because posting and polling are inline functions over a table of pointers.
  * - Every function that can fail returns a count or 0, or a negative errno, and then says in *error which verb failed.
- * - Threads: different QPs are independent. On one QP, posts and polls may come from any threads at once; rx_wait from
- *   one thread at a time (polls beside it are fine); create, modify and destroy exclude everything else on that QP.
- * - No call allocates memory but rx_open and rx_qp_create (and rx_wait above 64 QPs).
+ * - Threads: different ends are independent. On one, posts and polls may come from any threads at once; rx_wait from
+ *   one thread at a time (polls beside it are fine); create, modify and destroy exclude everything else on that end.
+ * - No call allocates memory but rx_open and rx_ep_create (and rx_wait above 64 ends).
  */
 #ifndef RDMAXFER_VERBS_H
 #define RDMAXFER_VERBS_H
@@ -17,14 +17,16 @@
 #include <stdint.h>
 
 typedef struct rx_lib rx_lib; /* libibverbs' entry points; lives as long as the process */
-typedef struct rx_qp rx_qp;   /* completion channel + CQ + RC QP */
+typedef struct rx_ep rx_ep;   /* one end of a connection: completion channel + CQ + 1 to RX_MAX_LANES RC QPs */
+
+#define RX_MAX_LANES 8
 
 typedef struct {
     char verb[40];
     int err; /* positive errno */
 } rx_error;
 
-/* In: wanted. Out: granted (devices round up). The send queue gets one place more than asked for, so that the last
+/* Of the CQ, and of each QP. In: wanted. Out: granted (devices round up). The send queue gets one place more than asked for, so that the last
  * work request of a drain always fits. */
 typedef struct {
     uint32_t cqe;
@@ -70,7 +72,7 @@ typedef struct {
 #define RX_REMOTE_WRITE 1
 
 typedef struct {
-    uint64_t wr_id; /* 63 bits: the top one belongs to the core */
+    uint64_t wr_id; /* 60 bits: the top ones belong to the core */
     uint64_t addr[2];
     uint32_t length[2];
     uint32_t lkey[2];
@@ -84,13 +86,13 @@ typedef struct {
 } rx_send_wr;
 
 typedef struct {
-    uint64_t wr_id; /* 63 bits */
+    uint64_t wr_id; /* 60 bits */
     uint64_t addr;
     uint32_t length; /* 0: a RECV without a buffer */
     uint32_t lkey;
 } rx_recv_wr;
 
-/* wr_id, status, vendor_err, index and is_recv always hold; the others only where status is 0. */
+/* wr_id, status, vendor_err, index, lane and is_recv always hold; the others only where status is 0. */
 typedef struct {
     uint64_t wr_id;
     uint32_t status;
@@ -99,8 +101,10 @@ typedef struct {
     uint32_t imm; /* host order */
     uint32_t has_imm;
     uint32_t vendor_err;
-    uint32_t index; /* which of the QPs that were polled */
+    uint32_t index; /* which of the ends that were polled */
     uint32_t is_recv;
+    uint32_t lane; /* and which of its QPs */
+    uint32_t reserved;
 } rx_wc;
 
 /* NULL, with a sentence in message, where the library or one of its symbols is missing. */
@@ -109,32 +113,32 @@ rx_lib *rx_open(const char *path, char *message, size_t size);
 /* To be called before the first registration. On kernels that copy pinned pages on fork it does nothing. */
 int rx_fork_init(rx_lib *lib, rx_error *error);
 
-int rx_qp_create(rx_lib *lib, void *pd, rx_caps *caps, rx_qp **out, rx_error *error);
-int rx_qp_to_init(rx_qp *qp, uint32_t port_num, uint32_t access, rx_error *error);
-int rx_qp_to_rtr(rx_qp *qp, const rx_path *path, rx_error *error);
-int rx_qp_to_rts(rx_qp *qp, const rx_retry *retry, rx_error *error);
-int rx_qp_to_err(rx_qp *qp, rx_error *error);
+int rx_ep_create(rx_lib *lib, void *pd, uint32_t lanes, rx_caps *caps, rx_ep **out, rx_error *error);
+int rx_ep_to_init(rx_ep *ep, uint32_t lane, uint32_t port_num, uint32_t access, rx_error *error);
+int rx_ep_to_rtr(rx_ep *ep, uint32_t lane, const rx_path *path, rx_error *error);
+int rx_ep_to_rts(rx_ep *ep, uint32_t lane, const rx_retry *retry, rx_error *error);
+int rx_ep_to_err(rx_ep *ep, uint32_t lane, rx_error *error);
 
-/* Frees *qp and returns 0, or destroys what it can and returns an error: then it may be called again. */
-int rx_qp_destroy(rx_qp *qp, rx_error *error);
+/* Frees *ep and returns 0, or destroys what it can and returns an error: then it may be called again. */
+int rx_ep_destroy(rx_ep *ep, rx_error *error);
 
-uint32_t rx_qp_num(const rx_qp *qp);
-/* RECVs that were posted and have not been polled. */
-uint32_t rx_qp_receives(const rx_qp *qp);
-int rx_qp_fd(const rx_qp *qp);
+uint32_t rx_ep_qp_num(const rx_ep *ep, uint32_t lane);
+/* RECVs of all lanes that were posted and have not been polled. */
+uint32_t rx_ep_receives(const rx_ep *ep);
+int rx_ep_fd(const rx_ep *ep);
 
 /* Post in order, one doorbell for each 64. *posted says how many work requests belong to the device until their
  * completion (or the QP's destruction), also when an error is returned. */
-int rx_post_send(rx_qp *qp, const rx_send_wr *wrs, int n, int *posted, rx_error *error);
-int rx_post_recv(rx_qp *qp, const rx_recv_wr *wrs, int n, int *posted, rx_error *error);
+int rx_post_send(rx_ep *ep, uint32_t lane, const rx_send_wr *wrs, int n, int *posted, rx_error *error);
+int rx_post_recv(rx_ep *ep, uint32_t lane, const rx_recv_wr *wrs, int n, int *posted, rx_error *error);
 
-/* Up to max completions of n QPs, beginning with qps[first % n], so that a caller who moves `first` on is fair. */
-int rx_poll(rx_qp **qps, int n, int first, rx_wc *out, int max, int *taken, rx_error *error);
+/* Up to max completions of n ends, beginning with eps[first % n], so that a caller who moves `first` on is fair. */
+int rx_poll(rx_ep **eps, int n, int first, rx_wc *out, int max, int *taken, rx_error *error);
 
 /* The same, but if there are none: spin for up to spin_ns; then arm every CQ, look once more, and sleep on all the
  * completion channels and on wake_fd (an eventfd, or -1), until timeout_ns (< 0: for ever) after the call.
  * 0 means timeout, wake (then the eventfd was drained) or a signal, whose handler runs when the caller is back in Python. */
-int rx_wait(rx_qp **qps, int n, int first, int wake_fd, uint64_t spin_ns, int64_t timeout_ns, rx_wc *out, int max,
+int rx_wait(rx_ep **eps, int n, int first, int wake_fd, uint64_t spin_ns, int64_t timeout_ns, rx_wc *out, int max,
             int *taken, rx_error *error);
 
 /* Copy n <= 4096 bytes of this process's memory: -EFAULT, not a crash, where it can't be read. */

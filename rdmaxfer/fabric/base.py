@@ -1,8 +1,8 @@
 """What a fabric offers to a link: memory that a peer may write to, and an endpoint that writes in order.
 
-`verbs.py` is the one implementation. The words are those of verbs, the meaning is not bound to them: writes arrive in
-the order they were posted, a write with an immediate completes at the peer after all earlier data, and memory is
-described by (address, length, key).
+`verbs.py` is the one implementation. The words are those of verbs, the meaning is not bound to them: an endpoint has one or
+more lanes; on each, writes arrive in the order they were posted, and a write with an immediate completes at the peer after all
+earlier data; between lanes there is no order. Memory is described by (address, length, key).
 """
 
 from __future__ import annotations
@@ -31,6 +31,10 @@ class Region(Protocol):
 class Endpoint(Protocol):
     """One end of a reliable connection. Calls only post; what became of them, completions tell."""
 
+    @property
+    def lanes(self) -> int:
+        """How many lanes there are; they are numbered from 0."""
+
     def wr_count(self, nbytes: int) -> int:
         """Work requests that a `write` of so many bytes takes."""
 
@@ -47,19 +51,20 @@ class Endpoint(Protocol):
         imm: int,
         wr_id: int,
         signaled: bool,
+        lane: int = 0,
     ) -> None:
         """Write header and payload, one after the other, to the peer's memory, and then give it the immediate."""
 
-    def write_empty(self, wr_id: int) -> None:
-        """Nothing but a completion here, after those of everything posted before."""
+    def write_empty(self, wr_id: int, lane: int = 0) -> None:
+        """Nothing but a completion here, after those of everything posted before on this lane."""
 
-    def write_imm(self, imm: int, wr_id: int) -> None:
-        """Only an immediate, after all data posted before."""
+    def write_imm(self, imm: int, wr_id: int, lane: int = 0) -> None:
+        """Only an immediate, after all data posted before on this lane."""
 
     def send_inline(self, data: bytes, wr_id: int, signaled: bool) -> None:
-        """A small message into a receive of the peer's."""
+        """A small message into a receive of the peer's, on lane 0."""
 
-    def repost_recv(self, wr_ids: Iterable[int]) -> None:
+    def repost_recv(self, wr_ids: Iterable[int], lane: int = 0) -> None:
         """Make receives available again whose completion was handled."""
 
     def recv_payload(self, wr_id: int, nbytes: int) -> bytes:

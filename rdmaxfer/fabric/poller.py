@@ -28,7 +28,7 @@ class Poller(Owner):
         self._max = max_completions
         self.turn = 0
         """Number of the latest `poll` or `wait`."""
-        self._set: tuple[tuple[Endpoint, ...], Any] = ((), self._ffi.new("rx_qp *[]", 0))
+        self._set: tuple[tuple[Endpoint, ...], Any] = ((), self._ffi.new("rx_ep *[]", 0))
         self._array = self._ffi.new("rx_wc[]", max_completions)
         self._taken = self._ffi.new("int *")
         self._error = self._ffi.new("rx_error *")
@@ -45,7 +45,7 @@ class Poller(Owner):
         for endpoint in endpoints:
             endpoint._check_open()
         watched = tuple(endpoints)
-        self._set = (watched, self._ffi.new("rx_qp *[]", [endpoint._qp for endpoint in watched]))
+        self._set = (watched, self._ffi.new("rx_ep *[]", [endpoint._ep for endpoint in watched]))
 
     @property
     def count(self) -> int:
@@ -63,10 +63,10 @@ class Poller(Owner):
         """Take what has completed; returns the count."""
         if self._state != "open":
             self._check_open()
-        endpoints, qps = self._set
+        endpoints, eps = self._set
         self.turn += 1  # each endpoint is the first one in its turn, so that a busy one does not starve the others
         count: int = self._lib.rx_poll(
-            qps, len(endpoints), self.turn & 0xFFFF, self._array, self._max, self._taken, self._error
+            eps, len(endpoints), self.turn & 0xFFFF, self._array, self._max, self._taken, self._error
         )
         if count < 0:
             native.check(count, self._error)
@@ -76,10 +76,10 @@ class Poller(Owner):
         """Take what has completed; if nothing, what completes next. 0 after a timeout, `wake` or a signal."""
         if self._state != "open":
             self._check_open()
-        endpoints, qps = self._set
+        endpoints, eps = self._set
         self.turn += 1
         count: int = self._lib.rx_wait(
-            qps,
+            eps,
             len(endpoints),
             self.turn & 0xFFFF,
             self._wake_fd,

@@ -4,7 +4,7 @@
 with Domain(route) as domain, domain.protection_domain() as pd:
     endpoint = Endpoint(pd, route, send_depth=64, recv_depth=64, remote_write=True)   # INIT, receives posted
     ... endpoint.address goes to the peer, the peer's comes back ...
-    endpoint.connect(qp_num=..., psn=..., gid=..., lid=..., path_mtu=...)             # RTR, RTS
+    endpoint.connect(queue_pairs=..., gid=..., lid=..., path_mtu=...)                 # RTR, RTS
 ```
 """
 
@@ -15,11 +15,11 @@ import logging
 import resource
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rdmaxfer.errors import MemlockError, NoDevice, VerbsError
 from rdmaxfer.fabric import bridge, native
@@ -39,8 +39,8 @@ RNR_RETRY = 7  # for ever: receives are posted before credit is given, and the a
 MIN_RNR_TIMER = 12  # 0.64 ms
 HOP_LIMIT = 64
 
-_SENTINEL = (1 << 63) - 1
-"""wr_id of the work request that ends a drain."""
+_SENTINEL = (1 << 60) - 1
+"""wr_id of the work requests that end a drain."""
 
 _CAP_IPC_LOCK = 14  # linux/capability.h
 
@@ -152,12 +152,18 @@ class Region(Owner):
         self._keepalive = None
 
 
+class QueuePair(NamedTuple):
+    """What the peer needs to know of one queue pair: its number, and the PSN of the first packet it sends."""
+
+    qp_num: int
+    psn: int
+
+
 @dataclass(frozen=True)
 class EndpointAddress:
     """What the peer needs to know of an endpoint. `active_mtu` is in bytes."""
 
-    qp_num: int
-    psn: int
+    queue_pairs: tuple[QueuePair, ...]
     gid: bytes
     lid: int
     link_layer: str
@@ -167,10 +173,15 @@ class EndpointAddress:
 
 
 class Endpoint(Owner):
-    """One end of a reliable connection: a queue pair with its own completion queue and channel.
+    """One end of a reliable connection: `lanes` queue pairs with one completion queue and channel.
+
+    A lane is a queue pair and the peer's to which it is connected, numbered from 0. What is posted on one lane is carried out in
+    order; between lanes there is no order.
 
     Posting reuses prepared work requests, so one thread at a time. `remote_write` lets the peer write to this domain's
-    memory that was registered so. After the constructor every receive is posted, with the wr_ids 0 to `recv_depth` - 1.
+    memory that was registered so. `send_depth` and `recv_depth` are those of each lane. After the constructor every receive is
+    posted, with the wr_ids 0 to `recv_depth` - 1: on all lanes if they are for immediates only (`recv_bytes` 0), otherwise on
+    lane 0, where messages come.
     """
 
     def __init__(
@@ -181,6 +192,7 @@ class Endpoint(Owner):
         send_depth: int,
         recv_depth: int,
         recv_bytes: int = 0,
+        lanes: int = 1,
         remote_write: bool,
     ) -> None:
         super().__init__(pd)
@@ -189,7 +201,8 @@ class Endpoint(Owner):
         self.send_depth = send_depth
         self.recv_depth = recv_depth
         self._recv_bytes = recv_bytes
-        self._psn = secrets.randbits(24)
+        self.lanes = lanes
+        """How many there are; once connected, how many are in use."""
         self._max_msg_sz = route.max_msg_sz
         self._send_turn = 0
         self._ffi, self._lib = native.extension().ffi, native.extension().lib
@@ -201,27 +214,31 @@ class Endpoint(Owner):
             self._scratch_view = self._scratch.view(0, self._scratch.nbytes)
             self._region = pd.register(self._scratch, remote_write=False)
             undo.callback(self._region.close)
-            self._qp = self._create()
-            undo.callback(lambda: self._lib.rx_qp_destroy(self._qp, self._error))
+            self._ep = self._create()
+            undo.callback(lambda: self._lib.rx_ep_destroy(self._ep, self._error))
             access = self._lib.RX_REMOTE_WRITE if remote_write else 0
-            self._check(self._lib.rx_qp_to_init(self._qp, route.port, access, self._error))
-            self.qp_num: int = self._lib.rx_qp_num(self._qp)
+            for lane in range(lanes):
+                self._check(self._lib.rx_ep_to_init(self._ep, lane, route.port, access, self._error))
+            self._queue_pairs = tuple(
+                QueuePair(self._lib.rx_ep_qp_num(self._ep, lane), secrets.randbits(24)) for lane in range(lanes)
+            )
             self._prepare()
             # Posted while in INIT: in RESET it fails, and after RTR the peer's first write might find none.
-            self.repost_recv(range(recv_depth))
+            for lane in range(1 if recv_bytes else lanes):
+                self.repost_recv(range(recv_depth), lane)
             undo.pop_all()
         self._opened()
 
     def __repr__(self) -> str:
-        return f"<Endpoint QP {getattr(self, 'qp_num', '-')} on {self.route.device}>"
+        numbers = ", ".join(str(each.qp_num) for each in getattr(self, "_queue_pairs", ()))
+        return f"<Endpoint QP {numbers or '-'} on {self.route.device}>"
 
     @property
     def address(self) -> EndpointAddress:
         """What to tell the peer."""
         route = self.route
         return EndpointAddress(
-            qp_num=self.qp_num,
-            psn=self._psn,
+            queue_pairs=self._queue_pairs,
             gid=route.gid,
             lid=route.lid,
             link_layer=route.link_layer,
@@ -230,14 +247,17 @@ class Endpoint(Owner):
             device=route.device,
         )
 
-    def connect(self, *, qp_num: int, psn: int, gid: bytes, lid: int, path_mtu: int, max_msg_sz: int = 0) -> None:
-        """Connect to the peer's endpoint. `path_mtu`: the smaller active one; `max_msg_sz`: the peer's, or 0."""
+    def connect(
+        self, *, queue_pairs: Sequence[tuple[int, int]], gid: bytes, lid: int, path_mtu: int, max_msg_sz: int = 0
+    ) -> None:
+        """Connect each lane to one of the peer's `queue_pairs`, (number, PSN). If the peer has fewer, the lanes above are not
+        used, and go when this endpoint does. `path_mtu`: the smaller active one; `max_msg_sz`: the peer's, or 0."""
         self._check_open()
+        if not 1 <= len(queue_pairs) <= self.lanes:
+            raise ValueError(f"{len(queue_pairs)} queue pairs can't be connected with {self.lanes} here")
         if len(gid) != 16:
             raise ValueError(f"a GID has 16 bytes, not {len(gid)}")
         path = self._ffi.new("rx_path *")
-        path.dest_qp_num = qp_num
-        path.rq_psn = psn
         path.path_mtu = path_mtu
         path.port_num = self.route.port
         path.sgid_index = self.route.gid_index
@@ -247,14 +267,17 @@ class Endpoint(Owner):
         path.min_rnr_timer = MIN_RNR_TIMER
         path.max_dest_rd_atomic = 1
         path.dgid = list(gid)
-        self._check(self._lib.rx_qp_to_rtr(self._qp, path, self._error))
         retry = self._ffi.new("rx_retry *")
-        retry.sq_psn = self._psn
         retry.timeout = TIMEOUT
         retry.retry_cnt = RETRY_CNT
         retry.rnr_retry = RNR_RETRY
         retry.max_rd_atomic = 1
-        self._check(self._lib.rx_qp_to_rts(self._qp, retry, self._error))
+        for lane, (qp_num, psn) in enumerate(queue_pairs):
+            path.dest_qp_num, path.rq_psn = qp_num, psn
+            self._check(self._lib.rx_ep_to_rtr(self._ep, lane, path, self._error))
+            retry.sq_psn = self._queue_pairs[lane].psn
+            self._check(self._lib.rx_ep_to_rts(self._ep, lane, retry, self._error))
+        self.lanes = len(queue_pairs)
         self._max_msg_sz = min(self.route.max_msg_sz, max_msg_sz or self.route.max_msg_sz)
 
     # --- posting ---
@@ -276,6 +299,7 @@ class Endpoint(Owner):
         imm: int,
         wr_id: int,
         signaled: bool,
+        lane: int = 0,
     ) -> None:
         """Write header and payload, gathered, to `remote_address`; the peer sees the immediate after all of it.
 
@@ -294,6 +318,7 @@ class Endpoint(Owner):
                 imm,
                 wr_id,
                 signaled,
+                lane,
             )
             return
         wr, addr, length, keys = self._wr, self._wr_addr, self._wr_length, self._wr_lkey
@@ -309,7 +334,7 @@ class Endpoint(Owner):
         wr.imm = imm
         wr.remote_addr = remote_address
         wr.rkey = rkey
-        self.post_send(wr, 1)
+        self.post_send(wr, 1, lane)
 
     def _write_split(
         self,
@@ -324,6 +349,7 @@ class Endpoint(Owner):
         imm: int,
         wr_id: int,
         signaled: bool,
+        lane: int = 0,
     ) -> None:
         total = header_bytes + nbytes
         count = self.wr_count(total)
@@ -349,17 +375,17 @@ class Endpoint(Owner):
         last.opcode = self._write_imm_opcode
         last.imm = imm
         last.flags = self._signaled if signaled else 0
-        self.post_send(wrs, count)
+        self.post_send(wrs, count, lane)
 
-    def write_empty(self, wr_id: int) -> None:
-        """A WRITE of nothing, signalled: its completion follows those of all that was posted before."""
-        self._post_empty(self._lib.RX_WRITE, 0, wr_id)
+    def write_empty(self, wr_id: int, lane: int = 0) -> None:
+        """A WRITE of nothing, signalled: its completion follows those of all that was posted before on this lane."""
+        self._post_empty(self._lib.RX_WRITE, 0, wr_id, lane)
 
-    def write_imm(self, imm: int, wr_id: int) -> None:
-        """A WRITE_WITH_IMM of nothing, signalled: the peer sees the immediate after all that was posted before."""
-        self._post_empty(self._write_imm_opcode, imm, wr_id)
+    def write_imm(self, imm: int, wr_id: int, lane: int = 0) -> None:
+        """A WRITE_WITH_IMM of nothing, signalled: the peer sees the immediate after all that was posted before on this lane."""
+        self._post_empty(self._write_imm_opcode, imm, wr_id, lane)
 
-    def _post_empty(self, opcode: int, imm: int, wr_id: int) -> None:
+    def _post_empty(self, opcode: int, imm: int, wr_id: int, lane: int) -> None:
         wr = self._wr
         wr.wr_id = wr_id
         wr.num_sge = 0
@@ -368,10 +394,10 @@ class Endpoint(Owner):
         wr.imm = imm
         wr.remote_addr = 0
         wr.rkey = 0
-        self.post_send(wr, 1)
+        self.post_send(wr, 1, lane)
 
     def send_inline(self, data: bytes, wr_id: int, signaled: bool) -> None:
-        """Send a message of at most MAX_SEND bytes. It is copied at once, also where the device has no inline data."""
+        """Send a message of at most MAX_SEND bytes, on lane 0. It is copied at once, also where the device has no inline data."""
         size = len(data)
         if size > MAX_SEND:
             raise ValueError(f"a message of {size} bytes is above {MAX_SEND}")
@@ -385,13 +411,13 @@ class Endpoint(Owner):
         wr.num_sge = 1 if size else 0
         wr.opcode = self._lib.RX_SEND
         wr.flags = (self._signaled if signaled else 0) | (self._inline if size else 0)
-        self.post_send(wr, 1)
+        self.post_send(wr, 1, 0)
 
-    def post_send(self, wrs: Any, n: int) -> None:
+    def post_send(self, wrs: Any, n: int, lane: int = 0) -> None:
         """Post `n` work requests of an `rx_send_wr` array, in order, with one doorbell for each 64."""
         if self._state != "open":
             self._check_open()
-        if self._lib.rx_post_send(self._qp, wrs, n, self._posted, self._error):
+        if self._lib.rx_post_send(self._ep, lane, wrs, n, self._posted, self._error):
             self._check(-1)
 
     def clear_posted(self) -> None:
@@ -403,13 +429,13 @@ class Endpoint(Owner):
         """Work requests that the device took since `clear_posted`: kept in C, so it holds also if Ctrl-C hid it."""
         return int(self._posted[0])
 
-    def repost_recv(self, wr_ids: Iterable[int]) -> None:
+    def repost_recv(self, wr_ids: Iterable[int], lane: int = 0) -> None:
         """Post receives (again), with one doorbell for each 64."""
         n = 0
         for wr_id in wr_ids:
             self._recv_batch[n] = self._recv_wrs[wr_id]
             n += 1
-        if n and self._lib.rx_post_recv(self._qp, self._recv_batch, n, self._recv_posted, self._error):
+        if n and self._lib.rx_post_recv(self._ep, lane, self._recv_batch, n, self._recv_posted, self._error):
             self._check(-1)
 
     def recv_payload(self, wr_id: int, nbytes: int) -> bytes:
@@ -429,53 +455,57 @@ class Endpoint(Owner):
     def to_error(self) -> None:
         """Cancel everything outstanding: it completes with WC_WR_FLUSH_ERR. The peer's writes will fail."""
         self._check_open()
-        self._check(self._lib.rx_qp_to_err(self._qp, self._error))
+        for lane in range(len(self._queue_pairs)):
+            self._check(self._lib.rx_ep_to_err(self._ep, lane, self._error))
 
     def drain(self, timeout_s: float) -> bool:
         """Cancel everything outstanding and take its completions. True if all came; errors of the device make it False.
 
-        Unsignalled work requests that succeeded have no completion, so a last one is posted: queues are flushed in
+        Unsignalled work requests that succeeded have no completion, so a last one is posted on each lane: queues are flushed in
         order. The completions are dropped: handle what matters before. Nobody else may poll this endpoint meanwhile.
         """
         self._check_open()
-        ffi, lib, qp, error = self._ffi, self._lib, self._qp, self._error
-        if lib.rx_qp_to_err(qp, error):
+        ffi, lib, ep, error = self._ffi, self._lib, self._ep, self._error
+        unposted = set(range(len(self._queue_pairs)))
+        running = set(unposted)
+        failed = [lane for lane in unposted if lib.rx_ep_to_err(ep, lane, error)]
+        if failed:
             return False
         sentinel = ffi.new("rx_send_wr *")
         sentinel.wr_id = _SENTINEL
         sentinel.opcode = lib.RX_SEND
         sentinel.flags = lib.RX_SIGNALED
-        qps, wcs, taken = ffi.new("rx_qp *[]", [qp]), ffi.new("rx_wc[]", 64), ffi.new("int *")
-        posted = ended = False
+        eps, wcs, taken = ffi.new("rx_ep *[]", [ep]), ffi.new("rx_wc[]", 64), ffi.new("int *")
         deadline = time.monotonic() + timeout_s
         while True:
-            if not posted:  # tried again, should the send queue have been full
-                posted = lib.rx_post_send(qp, sentinel, 1, self._posted, error) == 0
+            for lane in list(unposted):  # tried again, should the send queue have been full
+                if lib.rx_post_send(ep, lane, sentinel, 1, self._posted, error) == 0:
+                    unposted.remove(lane)
             left = deadline - time.monotonic()
-            count = lib.rx_wait(qps, 1, 0, -1, 0, max(0, int(min(left, 0.01) * 1e9)), wcs, 64, taken, error)
+            count = lib.rx_wait(eps, 1, 0, -1, 0, max(0, int(min(left, 0.01) * 1e9)), wcs, 64, taken, error)
             if count < 0:
                 return False
-            ended = ended or any(wcs[i].wr_id == _SENTINEL and not wcs[i].is_recv for i in range(count))
-            if ended and not lib.rx_qp_receives(qp):
+            running -= {wcs[i].lane for i in range(count) if wcs[i].wr_id == _SENTINEL and not wcs[i].is_recv}
+            if not running and not lib.rx_ep_receives(ep):
                 return True
             if left <= 0:
                 return False
 
     def _destroy(self) -> None:
-        self._check(self._lib.rx_qp_destroy(self._qp, self._error))
+        self._check(self._lib.rx_ep_destroy(self._ep, self._error))
         self._region.close()
 
     # --- making ---
 
     def _create(self) -> Any:
         ffi, lib = self._ffi, self._lib
-        out = ffi.new("rx_qp **")
+        out = ffi.new("rx_ep **")
         caps = ffi.new("rx_caps *")
         pd = ffi.cast("void *", self.pd._pointer)
         for inline in (MAX_SEND, 0):  # a device without inline data refuses to create such a queue pair
             caps.send_wr, caps.recv_wr, caps.max_inline = self.send_depth, self.recv_depth, inline
-            caps.cqe = self.send_depth + 1 + self.recv_depth
-            rc = lib.rx_qp_create(native.library(), pd, caps, out, self._error)
+            caps.cqe = self.lanes * (self.send_depth + 1 + self.recv_depth)
+            rc = lib.rx_ep_create(native.library(), pd, self.lanes, caps, out, self._error)
             if rc == 0:
                 break
         self._check(rc)

@@ -17,7 +17,7 @@ from rdmaxfer.fabric.verbs import Domain, Endpoint, ProtectionDomain
 def connect(one: Endpoint, other: Endpoint, **options: Any) -> None:
     """Connect `one` to `other`."""
     to = other.address
-    one.connect(qp_num=to.qp_num, psn=to.psn, gid=to.gid, lid=to.lid, path_mtu=to.active_mtu, **options)
+    one.connect(queue_pairs=to.queue_pairs[: one.lanes], gid=to.gid, lid=to.lid, path_mtu=to.active_mtu, **options)
 
 
 @dataclass
@@ -45,7 +45,18 @@ class Pair:
         while len(found) < count and time.monotonic() < deadline:
             self.poller.wait(0, 0.1)
             for endpoint, wc in self.poller.found():
-                fields = ("wr_id", "status", "opcode", "byte_len", "imm", "has_imm", "vendor_err", "index", "is_recv")
+                fields = (
+                    "wr_id",
+                    "status",
+                    "opcode",
+                    "byte_len",
+                    "imm",
+                    "has_imm",
+                    "vendor_err",
+                    "index",
+                    "is_recv",
+                    "lane",
+                )
                 found.append((endpoint, {name: getattr(wc, name) for name in fields}))
             self.poller.clear()
         assert len(found) >= count, f"{len(found)} of {count} completions came: {found}"
@@ -68,6 +79,7 @@ def make_pair(route: Route) -> Iterator[Callable[..., Pair]]:
             recv_depth: int = 64,
             recv_bytes: int = 64,
             remote_write: bool = True,
+            lanes: tuple[int, int] = (1, 1),
             **options: Any,
         ) -> Pair:
             domain = stack.enter_context(Domain(route))
@@ -78,9 +90,10 @@ def make_pair(route: Route) -> Iterator[Callable[..., Pair]]:
                     send_depth=send_depth,
                     recv_depth=recv_depth,
                     recv_bytes=recv_bytes,
+                    lanes=count,
                     remote_write=writable,
                 )
-                for writable in (False, remote_write)
+                for writable, count in zip((False, remote_write), lanes, strict=True)
             ]
             connect(ends[0], ends[1], **options)
             connect(ends[1], ends[0], **options)

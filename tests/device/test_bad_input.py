@@ -284,8 +284,7 @@ def hello(**changes: Any) -> messages.Hello:
         device="rxe9",
         gid=bytes(10) + b"\xff\xff" + bytes([192, 168, 77, 1]),
         lid=0,
-        qp_num=17,
-        psn=1,
+        queue_pairs=(messages.QueuePair(qp_num=17, psn=1),),
         link_layer="ethernet",
         active_mtu=1024,
         max_msg_sz=1 << 20,
@@ -411,7 +410,7 @@ ODD = {
                     **{
                         **{
                             f: getattr(hello().fabrics[0], f)
-                            for f in ("device", "lid", "qp_num", "psn", "link_layer", "active_mtu", "max_msg_sz")
+                            for f in ("device", "lid", "queue_pairs", "link_layer", "active_mtu", "max_msg_sz")
                         },
                         "gid": bytes(16),
                     }
@@ -426,7 +425,7 @@ ODD = {
                     **{
                         **{
                             f: getattr(hello().fabrics[0], f)
-                            for f in ("device", "lid", "qp_num", "psn", "gid", "active_mtu", "max_msg_sz")
+                            for f in ("device", "lid", "queue_pairs", "gid", "active_mtu", "max_msg_sz")
                         },
                         "link_layer": "infiniband",
                     }

@@ -41,6 +41,49 @@ def test_a_slow_receiver_holds_the_sender_and_loses_nothing() -> None:
         tx.flush(timeout=TIMEOUT_S)
 
 
+@pytest.mark.parametrize(("wish", "have", "agreed"), [(1, 1, 1), (1, 8, 1), (3, 2, 2), (8, 8, 8)])
+@pytest.mark.parametrize("bind", ["sender", "receiver"])
+@pytest.mark.parametrize("slots", [1, 3, 16])
+def test_frames_come_in_order_over_any_number_of_queue_pairs(
+    bind: str, wish: int, have: int, agreed: int, slots: int
+) -> None:
+    sizes = [0, 1, 30000, 5, 200000, 7]  # small ones overtake large ones between queue pairs
+    arrays = [np.random.default_rng(seed).integers(0, 256, sizes[seed % 6], np.uint8) for seed in range(60)]
+    options = {"slots": slots, "queue_pairs": wish}, {"slots": slots, "slot_bytes": 1 << 18, "queue_pairs": have}
+    with pair(bind=bind, sender=options[0], receiver=options[1]) as (tx, rx):
+        assert [link.endpoint.lanes for node in (tx, rx) for link in node._links] == [agreed, agreed]
+        pushing = Background(lambda: [tx.push(array, timeout=TIMEOUT_S) for array in arrays])
+        held: list[rdmaxfer.Frame] = []
+        for seq, array in enumerate(arrays):
+            frame = rx.recv(timeout=TIMEOUT_S)
+            assert frame.seq == seq
+            assert frame.array.tobytes() == array.tobytes()
+            held.append(frame)
+            if len(held) == slots:  # given back in another order than they came
+                for each in held[1::2] + held[::2]:
+                    each.release()
+                held.clear()
+        assert pushing.result() == list(range(60))
+        for frame in held:
+            frame.release()
+        tx.flush(timeout=TIMEOUT_S)
+        tx.close()
+        with pytest.raises(rdmaxfer.RdmaxferError) if bind == "sender" else pytest.raises(rdmaxfer.TimeoutExpired):
+            rx.recv(timeout=0.2)
+        assert rx.statistics().peers_lost == 0
+
+
+def test_flush_does_not_wait_for_kept_credit_on_any_queue_pair() -> None:
+    with pair(sender={"queue_pairs": 3}, receiver={"queue_pairs": 3}) as (tx, rx):
+        for seed in range(5):  # less than half of the ring: without being asked, the receiver would keep the credit
+            tx.push(picture(seed), timeout=TIMEOUT_S)
+        flushing = Background(lambda: tx.flush(timeout=TIMEOUT_S))
+        for _ in range(5):
+            take(rx)
+        flushing.result()
+        assert rx.statistics().credits_sent >= 1
+
+
 def test_a_push_that_times_out_sends_nothing() -> None:
     with pair(receiver={"slots": 2}, sender={"slots": 4}) as (tx, rx):
         for seed in range(2):

@@ -122,9 +122,9 @@ def test_receives_are_posted_again_in_batches(make_pair: Any) -> None:
             pair.a.write_imm(i, turn * 100 + i)
         arrived = [wc for endpoint, wc in pair.collect(200) if endpoint is pair.b]
         assert [wc["imm"] for wc in arrived] == list(range(100))
-        assert pair.b._lib.rx_qp_receives(pair.b._qp) == 0
+        assert pair.b._lib.rx_ep_receives(pair.b._ep) == 0
         pair.b.repost_recv([wc["wr_id"] for wc in arrived])
-        assert pair.b._lib.rx_qp_receives(pair.b._qp) == 100
+        assert pair.b._lib.rx_ep_receives(pair.b._ep) == 100
 
 
 def test_a_chain_of_any_length_is_posted_at_once_and_in_order(make_pair: Any) -> None:
@@ -166,6 +166,69 @@ def test_a_malformed_work_request_is_refused_before_anything_is_posted(pair: Any
     with pytest.raises(VerbsError, match="EINVAL"):
         pair.a.post_send(wrs, 2)
     assert pair.a._posted[0] == 0
+
+
+# --- lanes ---
+
+
+def test_each_lane_keeps_its_own_order_and_is_named_by_its_completions(make_pair: Any) -> None:
+    pair = make_pair(recv_bytes=0, lanes=(3, 3))
+    source, mr, target, remote = memory(pair)
+    for i in range(30):
+        at = i * 1000
+        parts = (source.address + at, 0, mr.lkey, source.address + at, 1000, mr.lkey)
+        pair.a.write(*parts, target.address + at, remote.rkey, i, i, True, i % 3)
+    done = pair.collect(60)
+    for lane in range(3):
+        want = list(range(lane, 30, 3))
+        assert [wc["wr_id"] for end, wc in done if end is pair.a and wc["lane"] == lane] == want
+        assert [wc["imm"] for end, wc in done if end is pair.b and wc["lane"] == lane] == want
+    assert bytes(target.view(0, 30000)) == bytes(source.view(0, 30000))
+
+
+def test_lanes_have_queue_pairs_and_psns_of_their_own(make_pair: Any) -> None:
+    pair = make_pair(lanes=(8, 8))
+    for field in ("qp_num", "psn"):
+        assert len({getattr(each, field) for end in (pair.a, pair.b) for each in end.address.queue_pairs}) == 16
+
+
+def test_messages_come_on_lane_0_however_many_there_are(make_pair: Any) -> None:
+    pair = make_pair(lanes=(2, 2))
+    pair.b.send_inline(b"hello", 1, True)
+    received = [wc for _, wc in pair.collect(2) if wc["is_recv"]]
+    assert [(wc["lane"], pair.a.recv_payload(wc["wr_id"], wc["byte_len"])) for wc in received] == [(0, b"hello")]
+
+
+def test_lanes_that_the_peer_does_not_have_are_not_used_and_do_not_hold_up_the_end(make_pair: Any) -> None:
+    pair = make_pair(recv_bytes=0, lanes=(2, 5))
+    assert (pair.a.lanes, pair.b.lanes) == (2, 2)
+    for lane in range(2):
+        pair.a.write_imm(lane, lane, lane)
+    assert sorted(wc["imm"] for end, wc in pair.collect(4) if end is pair.b) == [0, 1]
+    assert pair.b.drain(2)
+    assert pair.a.drain(2)
+    assert pair.b._lib.rx_ep_receives(pair.b._ep) == 0
+
+
+def test_a_lane_that_there_is_not_is_refused(make_pair: Any) -> None:
+    pair = make_pair(lanes=(2, 2))
+    for call in (lambda: pair.a.write_imm(0, 0, 2), lambda: pair.a.repost_recv([0], 2)):
+        with pytest.raises(VerbsError, match="EINVAL"):
+            call()
+
+
+@pytest.mark.parametrize("lanes", [0, 9])
+def test_how_many_lanes_there_can_be(route: Route, lanes: int) -> None:
+    with Domain(route) as domain, domain.protection_domain() as pd, pytest.raises(VerbsError, match="EINVAL"):
+        Endpoint(pd, route, send_depth=8, recv_depth=8, lanes=lanes, remote_write=False)
+
+
+def test_more_queue_pairs_of_the_peer_than_lanes_are_refused(route: Route) -> None:
+    with Domain(route) as domain, domain.protection_domain() as pd:
+        end = Endpoint(pd, route, send_depth=8, recv_depth=8, lanes=2, remote_write=False)
+        for count in (0, 3):
+            with pytest.raises(ValueError, match=f"{count} queue pairs"):
+                end.connect(queue_pairs=[(5, 1)] * count, gid=route.gid, lid=0, path_mtu=1024)
 
 
 # --- completions and waiting ---
@@ -328,7 +391,7 @@ def test_connecting_with_a_wrong_mtu_names_the_verb_and_the_usual_cause(route: R
     with Domain(route) as domain, domain.protection_domain() as pd:
         end = Endpoint(pd, route, send_depth=8, recv_depth=8, remote_write=False)
         with pytest.raises(VerbsError, match="GID") as caught:
-            end.connect(qp_num=5, psn=1, gid=route.gid, lid=0, path_mtu=1500)
+            end.connect(queue_pairs=[(5, 1)], gid=route.gid, lid=0, path_mtu=1500)
         assert (caught.value.verb, caught.value.errno) == ("ibv_modify_qp(RTR)", 22)
 
 
@@ -343,7 +406,7 @@ def test_a_domain_of_an_unknown_device_is_no_device() -> None:
 def test_draining_an_idle_endpoint_takes_every_receive(pair: Any) -> None:
     assert pair.a.drain(2)
     assert pair.b.drain(2)
-    assert pair.b._lib.rx_qp_receives(pair.b._qp) == 0
+    assert pair.b._lib.rx_ep_receives(pair.b._ep) == 0
 
 
 def test_draining_after_an_error_takes_what_was_outstanding(pair: Any) -> None:
@@ -417,7 +480,7 @@ def test_fifty_connections_leave_the_kernel_as_it_was(route: Route) -> None:
             ]
             for one, other in (ends, ends[::-1]):
                 to = other.address
-                one.connect(qp_num=to.qp_num, psn=to.psn, gid=to.gid, lid=to.lid, path_mtu=to.active_mtu)
+                one.connect(queue_pairs=to.queue_pairs, gid=to.gid, lid=to.lid, path_mtu=to.active_mtu)
             poller = stack.enter_context(Poller())
             poller.watch(ends)
             ends[0].write_imm(1, 1)
@@ -445,7 +508,7 @@ with ExitStack() as stack:
     a, b = (Endpoint(domain.protection_domain(), route, **depths, remote_write=True) for _ in range(2))
     for one, other in ((a, b), (b, a)):
         to = other.address
-        one.connect(qp_num=to.qp_num, psn=to.psn, gid=to.gid, lid=to.lid, path_mtu=to.active_mtu)
+        one.connect(queue_pairs=to.queue_pairs, gid=to.gid, lid=to.lid, path_mtu=to.active_mtu)
     poller = stack.enter_context(Poller())
     poller.watch([a, b])
     source, target = Buffer(4096), Buffer(4096)

@@ -38,11 +38,11 @@ LARGEST = messages.MAX_SLOT_BYTES
 
 
 class Rogue:
-    """What a hostile sender and a hostile receiver share: a queue pair, memory, a REQ or REP socket."""
+    """What a hostile sender and a hostile receiver share: queue pairs, memory, a REQ or REP socket."""
 
     role: Any = "sender"
 
-    def __init__(self, route: Route, *, recv_depth: int = 64) -> None:
+    def __init__(self, route: Route, *, recv_depth: int = 64, lanes: int = 1) -> None:
         self.session = secrets.token_bytes(16)
         self.request = 0
         self._at = 0
@@ -51,7 +51,13 @@ class Rogue:
         domain = self._stack.enter_context(Domain(route))
         pd = domain.protection_domain()
         self.endpoint = Endpoint(
-            pd, route, send_depth=256, recv_depth=recv_depth, recv_bytes=64, remote_write=self.role == "receiver"
+            pd,
+            route,
+            send_depth=256,
+            recv_depth=recv_depth,
+            recv_bytes=64,
+            lanes=lanes,
+            remote_write=self.role == "receiver",
         )
         self.buffer = Buffer(1 << 20)
         self.region = pd.register(self.buffer, remote_write=True)
@@ -70,7 +76,10 @@ class Rogue:
         self._stack.close()
 
     def join(self, theirs: messages.VerbsAddress, path_mtu: int) -> None:
-        self.endpoint.connect(qp_num=theirs.qp_num, psn=theirs.psn, gid=theirs.gid, lid=theirs.lid, path_mtu=path_mtu)
+        pairs = [(each.qp_num, each.psn) for each in theirs.queue_pairs]
+        self.endpoint.connect(
+            queue_pairs=pairs[: self.endpoint.lanes], gid=theirs.gid, lid=theirs.lid, path_mtu=path_mtu
+        )
 
     def completions(self, count: int) -> list[Any]:
         """The next completions, at least `count`, as (status, is_recv, wr_id, byte_len)."""
@@ -137,7 +146,9 @@ class RogueSender(Rogue):
         )
         return bytes(block[-size:])
 
-    def write(self, header: bytes, *, payload: bytes = bytes(16), slot: int = 0, imm: int | None = None) -> None:
+    def write(
+        self, header: bytes, *, payload: bytes = bytes(16), slot: int = 0, imm: int | None = None, lane: int = 0
+    ) -> None:
         """Write a frame into a slot of the receiver's ring."""
         data = header + payload
         self._at = (self._at + 4096) % (1 << 19)  # the device may read what was written before only later
@@ -157,10 +168,12 @@ class RogueSender(Rogue):
             imm,
             1,
             True,
+            lane,
         )
 
     def good_frame(self, position: int) -> None:
-        self.write(self.header(position=position), slot=position % self.ring.slots)
+        lane = position % self.endpoint.lanes
+        self.write(self.header(position=position), slot=position % self.ring.slots, lane=lane)
 
 
 class RogueReceiver(Rogue):
@@ -384,6 +397,79 @@ def test_a_lying_sender_is_dropped_with_a_reason_and_harms_nobody(
     assert stream.rx.statistics().peers == 1
     settles(before)
     stream.check()
+
+
+def _bye(rogue: RogueSender, *lanes: int) -> None:
+    for lane in lanes:
+        rogue.endpoint.write_imm(inband.pack_bye_imm(), 1, lane)
+
+
+def _frames(rogue: RogueSender, *positions: int) -> None:
+    for position in positions:
+        rogue.good_frame(position)
+
+
+def _bad_behind_a_gap(rogue: RogueSender) -> None:
+    rogue.write(rogue.header(position=1, slot=3), slot=1, lane=1)
+    _frames(rogue, 3, 0)
+
+
+LANE_LIES: dict[str, tuple[list[Callable[[RogueSender], None]], list[int], str]] = {
+    "a frame on the wrong lane": ([lambda r: r.write(r.header(), lane=1)], [], "wrote slot 0, but slot 1"),
+    "one lane far ahead": ([lambda r: _frames(r, 1, 3, 5)], [], "without credit"),
+    "a goodbye that leaves out a frame": (
+        [lambda r: _frames(r, 0, 1, 3), lambda r: _bye(r, 0, 1)],
+        [0, 1],
+        "left out frames",
+    ),
+    "a bad frame behind a gap": ([_bad_behind_a_gap], [0], "expected frame 1"),
+}
+
+
+@pytest.mark.parametrize("lie", LANE_LIES)
+def test_a_sender_that_lies_about_its_lanes_is_dropped_and_harms_nobody(
+    lie: str, stream: Stream, route: Route, caplog: pytest.LogCaptureFixture
+) -> None:
+    acts, good, reason = LANE_LIES[lie]
+    before = resources()
+    with caplog.at_level(logging.WARNING, "rdmaxfer"), RogueSender(route, lanes=2) as rogue:
+        rogue.meet(stream.endpoint)
+        assert rogue.endpoint.lanes == 2
+        stream.rx.wait_for_peers(2, timeout=TIMEOUT_S)
+        for act in acts:
+            act(rogue)
+        held: list[rdmaxfer.Frame] = []
+
+        def dropped() -> bool:
+            with contextlib.suppress(rdmaxfer.TimeoutExpired):
+                held.append(stream.rx.recv(timeout=0.01))
+            return stream.rx.statistics().peers_lost == 1 and len(held) == len(good)
+
+        wait_until(dropped, "the liar was dropped, and what came before was not lost")
+        assert [frame.seq for frame in held] == good
+        assert re.search(re.escape(reason), caplog.text), caplog.text
+        for frame in held:
+            frame.release()
+        stream.check()
+    settles(before)
+
+
+def test_a_goodbye_counts_when_it_came_on_every_lane(stream: Stream, route: Route) -> None:
+    with RogueSender(route, lanes=2) as rogue:
+        rogue.meet(stream.endpoint)
+        rogue.good_frame(0)
+        _bye(rogue, 0, 0)
+        for position in range(2):
+            with stream.rx.recv(timeout=TIMEOUT_S) as frame:
+                assert (frame.peer, frame.seq) == ("rogue", position)
+            if position == 0:  # the other lane goes on
+                assert not poll(stream.rx)
+                assert stream.rx.statistics().peers == 2
+                rogue.good_frame(1)
+        _bye(rogue, 1)
+        wait_until(lambda: not poll(stream.rx) and stream.rx.statistics().peers == 1, "the goodbye was seen")
+        assert stream.rx.statistics().peers_lost == 0
+        stream.check()
 
 
 def test_a_sender_that_says_bye_twice_is_gone_once(stream: Stream, route: Route) -> None:

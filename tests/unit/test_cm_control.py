@@ -35,7 +35,13 @@ PATIENCE_S = 20.0
 PATIENCE_MS = 20_000
 
 VERBS = m.VerbsAddress(
-    device="rxe0", gid=bytes(16), lid=0, qp_num=1, psn=2, link_layer="ethernet", active_mtu=1024, max_msg_sz=1 << 23
+    device="rxe0",
+    gid=bytes(16),
+    lid=0,
+    queue_pairs=(m.QueuePair(qp_num=1, psn=2),),
+    link_layer="ethernet",
+    active_mtu=1024,
+    max_msg_sz=1 << 23,
 )
 RING = m.RingAddress(address=4096, rkey=7, slots=4, slot_bytes=4096, slot_stride=12288, payload_offset=8192, epoch=0)
 

@@ -33,7 +33,13 @@ HANDSHAKE_S = 5.0
 RETRY_S = 0.5
 
 VERBS = m.VerbsAddress(
-    device="rxe0", gid=bytes(16), lid=0, qp_num=1, psn=2, link_layer="ethernet", active_mtu=1024, max_msg_sz=1 << 23
+    device="rxe0",
+    gid=bytes(16),
+    lid=0,
+    queue_pairs=(m.QueuePair(qp_num=1, psn=2),),
+    link_layer="ethernet",
+    active_mtu=1024,
+    max_msg_sz=1 << 23,
 )
 
 
