@@ -246,9 +246,9 @@ class Node(Generic[L]):
     def prepare_link(
         self, link: L, theirs: messages.VerbsAddress, *, path_mtu: int, max_msg_sz: int, max_slot_bytes: int
     ) -> None:
-        """Bring the link's queue pairs to RTS, towards the peer's."""
+        """Bring the link's queue pairs to RTS, towards the peer's, of which it may have named more than there are here."""
         link.endpoint.connect(
-            queue_pairs=[(each.qp_num, each.psn) for each in theirs.queue_pairs],
+            queue_pairs=[(each.qp_num, each.psn) for each in theirs.queue_pairs][: link.endpoint.lanes],
             gid=theirs.gid,
             lid=theirs.lid,
             path_mtu=path_mtu,
