@@ -37,6 +37,11 @@ class BoundServer:
     def __repr__(self) -> str:
         return f"<BoundServer {self.endpoint}>"
 
+    @property
+    def turned_away(self) -> int:
+        """Connections whose ZeroMQ handshake failed: no key, a wrong one, or no ZeroMQ at all."""
+        return self._channel.turned_away
+
     def statistics(self) -> ServerStatistics:
         """Raises ClosedError once the control thread has ended."""
         return self._control.run(self._channel.sessions.statistics)

@@ -19,6 +19,8 @@ import zmq
 
 from rdmaxfer.cm.client import ClientChannel
 from rdmaxfer.cm.connection import CALL_TIMEOUT_S, SLICE_S, BoundServer, Connection, Watching, monotonic_s
+from rdmaxfer.cm.curve import Curve
+from rdmaxfer.cm.gate import Gate
 from rdmaxfer.cm.latch import Call
 from rdmaxfer.cm.messages import Hello
 from rdmaxfer.cm.protocol import ClientHandler, ServerHandler
@@ -45,10 +47,13 @@ class Later:
 
 
 class Control:
-    """See the module. `name` is for error messages. `on_failure` is told, on that thread, what the thread died of."""
+    """See the module. `name` is for error messages. `on_failure` is told, on that thread, what the thread died of. With `curve`,
+    every endpoint is encrypted, and bound ones let in only who has an allowed key."""
 
-    def __init__(self, name: str, on_failure: Callable[[BaseException], None]) -> None:
+    def __init__(self, name: str, on_failure: Callable[[BaseException], None], curve: Curve | None = None) -> None:
         self._name = name
+        self._curve = curve
+        self._gate: Gate | None = None
         self._on_failure = on_failure
         self._pid = os.getpid()
         self._lock = threading.Lock()
@@ -87,9 +92,15 @@ class Control:
         handshake_timeout_s: float = DEFAULT_HANDSHAKE_TIMEOUT_S,
         max_sessions: int = DEFAULT_MAX_SESSIONS,
     ) -> BoundServer:
-        """Answer who connects to `endpoint`. Raises EndpointError."""
+        """Answer who connects to `endpoint`. Raises EndpointError, and LocalProtocolError if CURVE is used without allowed keys."""
 
         def bind() -> BoundServer:
+            if self._curve is not None and self._gate is None:
+                if self._curve.allowed is None:
+                    raise LocalProtocolError("an endpoint was to be bound with CURVE, but without allowed keys")
+                # Before the socket: without anybody to ask, ZeroMQ lets every key in.
+                self._gate = Gate(self._context, self._curve.allowed)
+                self._poller.register(self._gate.socket, zmq.POLLIN)
             channel = ServerChannel(
                 self._context,
                 endpoint,
@@ -97,9 +108,11 @@ class Control:
                 lease_s=lease_s,
                 handshake_timeout_s=handshake_timeout_s,
                 max_sessions=max_sessions,
+                identity=self._curve.identity if self._curve is not None else None,
             )
             self._servers.append(channel)
             self._poller.register(channel.socket, zmq.POLLIN)
+            self._poller.register(channel.watch.socket, zmq.POLLIN)
             return BoundServer(self, channel)
 
         return self.run(bind)
@@ -111,10 +124,11 @@ class Control:
         handler: ClientHandler,
         *,
         timeout_s: float | None = DEFAULT_HANDSHAKE_TIMEOUT_S,
+        peer_key: bytes | None = None,
     ) -> Connection:
-        """Ask for a connection and return at once. `hello.session` is its id, `hello.lease_s` the lease asked
-        for. The handshake may take `timeout_s`; None is for ever. Raises EndpointError, and LocalProtocolError for an
-        invalid HELLO."""
+        """Ask for a connection and return at once. `hello.session` is its id, `hello.lease_s` the lease asked for. The
+        handshake may take `timeout_s`; None is for ever. `peer_key`: the peer's public key, with CURVE. Raises EndpointError,
+        and LocalProtocolError for an invalid HELLO."""
         connection = Connection(self, endpoint, hello)
 
         def connect() -> Connection:
@@ -124,6 +138,8 @@ class Control:
                 Watching(handler, connection),
                 hello,
                 handshake_timeout_s=math.inf if timeout_s is None else timeout_s,
+                identity=self._curve.identity if self._curve is not None else None,
+                peer_key=peer_key,
             )
             try:
                 channel.session.start(monotonic_s())
@@ -132,7 +148,8 @@ class Control:
                 raise
             connection.attach(channel)
             self._clients.append(channel)
-            self._poller.register(channel.socket, zmq.POLLIN)
+            for socket in channel.sockets:
+                self._poller.register(socket, zmq.POLLIN)
             return connection
 
         return self.run(connect)
@@ -255,10 +272,16 @@ class Control:
                 os.eventfd_read(self._wake_fd)
             # What has arrived comes before what has run out: a thread that was held up must not find its peers dead.
             now_s = monotonic_s()
+            if self._gate is not None and self._gate.socket in events:
+                self._gate.on_readable()
             for server in self._servers:
+                if server.watch.socket in events:
+                    server.on_handshake()
                 if server.socket in events:
                     server.on_readable(now_s)
             for client in self._clients:
+                if client.watch.socket in events:
+                    client.on_handshake()
                 if client.socket in events:
                     client.on_readable(now_s)
             self._run_calls()
@@ -301,12 +324,15 @@ class Control:
 
     def _flush(self) -> None:
         for client in list(self._clients):
-            before = client.socket
+            before = client.sockets
             if client.flush():
-                self._poller.unregister(before)
-                self._poller.register(client.socket, zmq.POLLIN)
+                for socket in before:
+                    self._poller.unregister(socket)
+                for socket in client.sockets:
+                    self._poller.register(socket, zmq.POLLIN)
             if client.ended:
-                self._poller.unregister(client.socket)
+                for socket in client.sockets:
+                    self._poller.unregister(socket)
                 client.close_socket()
                 self._clients.remove(client)
 

@@ -45,6 +45,14 @@ def parse(text: str, *, bind: bool = False) -> Endpoint:
     return Endpoint(_host(text, host, bind, fix), _port(text, port_text, bind, fix))
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`, as far as its text says: an address of it, or "localhost" or "lo"."""
+    try:
+        return ipaddress.ip_address(_unmapped(host).partition("%")[0]).is_loopback
+    except ValueError:
+        return host in ("localhost", "lo")
+
+
 def from_zmq(text: str) -> Endpoint:
     """What ZeroMQ reports as bound, with IPv4 addresses in their own form."""
     host, _, port = text.removeprefix("tcp://").rpartition(":")

@@ -14,6 +14,8 @@ from typing import Any
 import zmq
 
 from rdmaxfer.cm import endpoint as endpoints
+from rdmaxfer.cm.curve import Identity
+from rdmaxfer.cm.gate import FAILED, HandshakeWatch
 from rdmaxfer.cm.messages import MAX_MESSAGE_BYTES
 from rdmaxfer.cm.protocol import ServerHandler, ServerSessions
 from rdmaxfer.errors import EndpointError
@@ -42,6 +44,7 @@ class ServerChannel:
         lease_s: float,
         handshake_timeout_s: float,
         max_sessions: int,
+        identity: Identity | None,
     ) -> None:
         wanted = endpoints.parse(endpoint, bind=True)
         self.socket = context.socket(zmq.ROUTER)
@@ -49,6 +52,10 @@ class ServerChannel:
             self.socket.setsockopt(zmq.IPV6, 1)
             self.socket.setsockopt(zmq.LINGER, 0)
             self.socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+            if identity is not None:
+                self.socket.setsockopt(zmq.CURVE_SERVER, 1)
+                self.socket.setsockopt(zmq.CURVE_PUBLICKEY, identity.public)
+                self.socket.setsockopt(zmq.CURVE_SECRETKEY, identity.secret)
             self.socket.bind(str(wanted))
             self.endpoint = str(endpoints.from_zmq(self.socket.getsockopt_string(zmq.LAST_ENDPOINT)))
         except zmq.ZMQError as error:
@@ -56,9 +63,16 @@ class ServerChannel:
             code = error.errno or 0
             text = f"{endpoint!r} can't be bound: {zmq.strerror(code)}."
             raise EndpointError(text, fix=_FIXES.get(code, "")) from None
+        self.watch = HandshakeWatch(self.socket)
+        self.turned_away = 0
+        """Connections whose ZeroMQ handshake failed: no key, a wrong one, or no ZeroMQ at all."""
         self.sessions = ServerSessions(
             handler, lease_s=lease_s, handshake_timeout_s=handshake_timeout_s, max_sessions=max_sessions
         )
+
+    def on_handshake(self) -> None:
+        """Count what has failed."""
+        self.turned_away += sum(1 for event, _ in self.watch.events() if event & FAILED)
 
     def on_readable(self, now_s: float) -> None:
         """Answer what has arrived."""
@@ -78,6 +92,7 @@ class ServerChannel:
         self.sessions.close(reason)
 
     def close_socket(self) -> None:
+        self.watch.close()
         self.socket.close(linger=0)
 
 

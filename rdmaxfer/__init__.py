@@ -26,6 +26,7 @@ except ModuleNotFoundError as error:
 from rdmaxfer.errors import (
     ClosedError,
     ConnectTimeout,
+    CurveError,
     DeviceError,
     EndOfStream,
     EndpointError,
@@ -58,6 +59,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ClosedError",
     "ConnectTimeout",
+    "CurveError",
     "DeviceError",
     "EndOfStream",
     "EndpointError",

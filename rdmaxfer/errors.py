@@ -30,6 +30,10 @@ class EndpointError(RdmaxferError, ValueError):
     """An endpoint is not of the form tcp://HOST:PORT, or can't be bound."""
 
 
+class CurveError(RdmaxferError, ValueError):
+    """A CURVE key, or a directory of keys, is missing, can't be read, or is readable by too many."""
+
+
 class FrameError(RdmaxferError):
     """Base of what can be wrong with a frame or its metadata."""
 
@@ -94,7 +98,8 @@ class ConnectTimeout(PeerError, TimeoutError):
 
 
 class Refused(PeerError):
-    """The peer refused the handshake or a request. `code` is a `rdmaxfer.cm.messages.RefuseCode` value."""
+    """The peer refused the handshake or a request. `code` is a `rdmaxfer.cm.messages.RefuseCode` value, or "curve" where the keys
+    don't fit."""
 
     def __init__(self, message: str, *, code: str, fix: str = "") -> None:
         super().__init__(message, fix=fix)

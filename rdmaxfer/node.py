@@ -16,9 +16,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from rdmaxfer.cm import messages
-from rdmaxfer.cm.endpoint import parse
+from rdmaxfer.cm.endpoint import is_loopback, parse
 from rdmaxfer.errors import (
     ClosedError,
+    CurveError,
     EndpointError,
     ForkedError,
     NotConnected,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from rdmaxfer.cm.control import BoundServer, Connection, Control
+    from rdmaxfer.cm.curve import Curve
     from rdmaxfer.fabric.devices import Route
     from rdmaxfer.fabric.verbs import Domain
 
@@ -62,6 +64,19 @@ def _mark_forked() -> None:
         node._forked = True
 
 
+def _curve(secret_key: str | os.PathLike[str] | None, allowed_keys: str | os.PathLike[str] | None) -> Curve | None:
+    from rdmaxfer.cm.curve import AllowedKeys, Curve, load_identity
+
+    if secret_key is None:
+        if allowed_keys is not None:
+            raise CurveError(
+                "allowed_keys was given, but no secret_key of this side.",
+                fix="give both; `rdmaxfer keygen NAME` makes a pair of keys.",
+            )
+        return None
+    return Curve(load_identity(secret_key), AllowedKeys(allowed_keys) if allowed_keys is not None else None)
+
+
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_mark_forked)
 
@@ -82,6 +97,8 @@ class Node(Generic[L]):
         queue_pairs: int,
         spin_s: float,
         lease_s: float,
+        secret_key: str | os.PathLike[str] | None,
+        allowed_keys: str | os.PathLike[str] | None,
     ) -> None:
         if not 1 <= slots <= 4096:
             raise ValueError(f"slots is a number from 1 to 4096, not {slots!r}")
@@ -93,6 +110,7 @@ class Node(Generic[L]):
             raise ValueError(f"lease_s is a number of seconds from 0.2 to {messages.MAX_LEASE_S:.0f}, not {lease_s!r}")
         if not 0 <= spin_s <= 1:
             raise ValueError(f"spin_s is a number of seconds from 0 to 1, not {spin_s!r}")
+        self._curve = _curve(secret_key, allowed_keys)
         self._device = device if device is not None else os.environ.get("RDMAXFER_DEVICE") or None
         self._port = port
         self._gid_index = gid_index
@@ -119,6 +137,7 @@ class Node(Generic[L]):
         self._closed = False
         self._failure: BaseException | None = None
         self._forked = False
+        self._warned_open = False
         _nodes.add(self)
 
     # --- making and ending connections ---------------------------------------------------------------------------------
@@ -127,21 +146,41 @@ class Node(Generic[L]):
         """Wait for peers at `endpoint`, e.g. "tcp://0.0.0.0:7471". May be called many times, and beside `connect`.
 
         Returns the endpoint with the port that was really bound (port 0 or * takes a free one). Raises EndpointError, and NoDevice
-        or VerbsUnavailable if no peer could be served.
+        or VerbsUnavailable if no peer could be served; CurveError if this side has a secret key, but no allowed keys.
         """
-        parse(endpoint, bind=True)
+        host = parse(endpoint, bind=True).host
+        if self._curve is None:
+            self._warn_if_open(endpoint, host)
+        elif self._curve.allowed is None:
+            raise CurveError(
+                "whose keys to let in was not said.",
+                fix=f"{type(self).__name__}(secret_key=..., allowed_keys=DIRECTORY), with NAME.key of each peer that may connect.",
+            )
         with self._making():
             self.route("127.0.0.1")  # without a device (or without the one named), waiting for peers would be in vain
             server = self._get_control().bind(endpoint, Acceptor(self), lease_s=self.lease_s, max_sessions=MAX_PEERS)
             self._servers.append(server)
         return server.endpoint
 
-    def connect(self, endpoint: str, timeout: float | None = 30.0) -> None:
+    def connect(
+        self, endpoint: str, timeout: float | None = 30.0, *, peer_key: str | os.PathLike[str] | None = None
+    ) -> None:
         """Connect to the peer that is bound (or will be, within `timeout` seconds) at `endpoint`, e.g. "tcp://10.0.0.2:7471".
 
-        May be called many times, and beside `bind`. Raises EndpointError, ConnectTimeout, Refused, NoDevice, VerbsUnavailable,
-        MemlockError; after an error nothing is left behind.
+        `peer_key`: the file NAME.key of the peer, if this side has a `secret_key`. May be called many times, and beside `bind`.
+        Raises EndpointError, ConnectTimeout, Refused, CurveError, NoDevice, VerbsUnavailable, MemlockError; after an error nothing
+        is left behind.
         """
+        if (peer_key is None) != (self._curve is None):
+            raise CurveError(
+                "with CURVE, a side that connects needs both its own secret key and the peer's public key.",
+                fix=f"{type(self).__name__}(secret_key='ME.key_secret') and connect(..., peer_key='PEER.key'), or neither.",
+            )
+        key = None
+        if peer_key is not None:
+            from rdmaxfer.cm.curve import load_public_key
+
+            key = load_public_key(peer_key)
         Deadline(timeout)  # refuses what is no timeout
         deadline = Deadline(None if timeout is None else timeout + CONNECT_GRACE_S)
         host = parse(endpoint).host
@@ -150,7 +189,7 @@ class Node(Generic[L]):
             with self._making():
                 connector.prepare(host)
                 self._connections[connector.session] = self._get_control().connect(
-                    endpoint, connector.hello, connector, timeout_s=timeout
+                    endpoint, connector.hello, connector, timeout_s=timeout, peer_key=key
                 )
             # The session has the deadline, and knows better what it waited for when it ran out.
             self._wait(connector.outcome, deadline, f"connecting to {endpoint}")
@@ -163,6 +202,14 @@ class Node(Generic[L]):
             if link is not None:
                 self.retire(link)
             raise
+
+    def _warn_if_open(self, endpoint: str, host: str) -> None:
+        if not is_loopback(host) and not self._warned_open:
+            self._warned_open = True
+            log.warning(
+                "whoever can reach %s can connect to it: let only trusted hosts do so, or use CURVE keys (docs/security.md).",
+                endpoint,
+            )
 
     @contextlib.contextmanager
     def _making(self) -> Iterator[None]:
@@ -191,7 +238,7 @@ class Node(Generic[L]):
         with self._lock:
             self._check_usable()
             if self._control is None:
-                self._control = Control(self.name, self.control_failed)
+                self._control = Control(self.name, self.control_failed, self._curve)
             return self._control
 
     def control_failed(self, error: BaseException) -> None:

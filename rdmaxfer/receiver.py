@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -47,6 +48,8 @@ class ReceiverStatistics:
 
     peers: int
     """Senders connected now."""
+    turned_away: int
+    """Connections to endpoints bound here that failed before a word was said: no CURVE key, a wrong one, or no ZeroMQ at all."""
     peers_lost: int
     """Connections that ended without a goodbye."""
     frames: int
@@ -77,6 +80,9 @@ class Receiver(Node[RecvLink]):
         counts. Two keep more of a device or of Soft-RoCE busy than one.
       spin_s: seconds to poll busily before a wait sleeps. Lowers latency when a core is to spare.
       lease_s: seconds without a sign of life after which a peer is given up.
+      secret_key: this side's file NAME.key_secret (`rdmaxfer keygen`). With it, CURVE authenticates and encrypts the control plane
+        of every endpoint, and `connect` needs the peer's public key.
+      allowed_keys: directory with the files NAME.key of the senders that may connect to endpoints bound here.
 
     Use it in a `with` block, or close() it. All methods may be called from any thread.
     """
@@ -95,6 +101,8 @@ class Receiver(Node[RecvLink]):
         queue_pairs: int = 2,
         spin_s: float = 0.0,
         lease_s: float = 5.0,
+        secret_key: str | os.PathLike[str] | None = None,
+        allowed_keys: str | os.PathLike[str] | None = None,
     ) -> None:
         if not 1 <= slot_bytes <= max_frame_bytes <= MAX_SLOT_BYTES:
             raise ValueError(
@@ -110,6 +118,8 @@ class Receiver(Node[RecvLink]):
             queue_pairs=queue_pairs,
             spin_s=spin_s,
             lease_s=lease_s,
+            secret_key=secret_key,
+            allowed_keys=allowed_keys,
         )
         self._max_frame_bytes = max_frame_bytes
         self._ready: deque[tuple[tuple[int, int], Frame]] = deque()
@@ -174,6 +184,7 @@ class Receiver(Node[RecvLink]):
         with self._lock:
             return ReceiverStatistics(
                 peers=len(self._links),
+                turned_away=sum(server.turned_away for server in self._servers),
                 peers_lost=self._peers_lost,
                 frames=self._frames,
                 bytes=self._bytes,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -50,6 +51,8 @@ class SenderStatistics:
 
     peers: int
     """Receivers connected now."""
+    turned_away: int
+    """Connections to endpoints bound here that failed before a word was said: no CURVE key, a wrong one, or no ZeroMQ at all."""
     peers_lost: int
     """Connections that ended without a goodbye, or before all frames were released."""
     frames: int
@@ -81,6 +84,9 @@ class Sender(Node[SendLink]):
         counts. Two keep more of a device or of Soft-RoCE busy than one.
       spin_s: seconds to poll busily before a wait sleeps. Lowers latency when a core is to spare.
       lease_s: seconds without a sign of life after which a peer is given up.
+      secret_key: this side's file NAME.key_secret (`rdmaxfer keygen`). With it, CURVE authenticates and encrypts the control plane
+        of every endpoint, and `connect` needs the peer's public key.
+      allowed_keys: directory with the files NAME.key of the receivers that may connect to endpoints bound here.
 
     Use it in a `with` block, or close() it. All methods may be called from any thread.
     """
@@ -98,6 +104,8 @@ class Sender(Node[SendLink]):
         queue_pairs: int = 2,
         spin_s: float = 0.0,
         lease_s: float = 5.0,
+        secret_key: str | os.PathLike[str] | None = None,
+        allowed_keys: str | os.PathLike[str] | None = None,
     ) -> None:
         super().__init__(
             device=device,
@@ -108,6 +116,8 @@ class Sender(Node[SendLink]):
             queue_pairs=queue_pairs,
             spin_s=spin_s,
             lease_s=lease_s,
+            secret_key=secret_key,
+            allowed_keys=allowed_keys,
         )
         self._pool = StagingPool(slots)
         self._pds: dict[str, ProtectionDomain] = {}
@@ -246,6 +256,7 @@ class Sender(Node[SendLink]):
         with self._lock:
             return SenderStatistics(
                 peers=len(self._links),
+                turned_away=sum(server.turned_away for server in self._servers),
                 peers_lost=self._peers_lost,
                 frames=self._seq,
                 bytes=self._bytes,

@@ -9,6 +9,7 @@ import traceback
 
 from rdmaxfer.errors import (
     ConnectTimeout,
+    CurveError,
     EndpointError,
     NoDevice,
     RdmaxferError,
@@ -55,7 +56,7 @@ def exit_code(error: BaseException) -> Exit:
             return Exit.NO_DEVICE
         case ConnectTimeout() | Refused():
             return Exit.NO_PEER
-        case EndpointError():
+        case EndpointError() | CurveError():
             return Exit.USAGE
     return Exit.FAILED
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import rdmaxfer
 from rdmaxfer.cli.failure import CommandError, Exit
-from rdmaxfer.errors import TimeoutExpired
+from rdmaxfer.errors import CurveError, TimeoutExpired
 
 ENDPOINT_HELP = (
     "address of the meeting point, tcp://HOST:PORT. The side that connects names the other machine; the side that "
@@ -36,20 +36,38 @@ def add_slot_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_key_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("keys", "So that only known peers can connect (see `rdmaxfer keygen`).")
+    group.add_argument("--secret-key", metavar="FILE", help="this side's own NAME.key_secret")
+    group.add_argument("--peer-key", metavar="FILE", help="the side that connects: NAME.key of the other one")
+    group.add_argument(
+        "--allowed-keys", metavar="DIR", help="the side that listens: directory with NAME.key of each peer"
+    )
+
+
+def node_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    keys = {name: getattr(args, name, None) for name in ("secret_key", "allowed_keys")}  # not every command has them
+    return {**device_arguments(args), **keys}
+
+
 def device_arguments(args: argparse.Namespace) -> dict[str, Any]:
     return {"device": args.device, "port": args.device_port, "gid_index": args.gid_index}
 
 
 def make_receiver(args: argparse.Namespace, **more: Any) -> rdmaxfer.Receiver:
     try:
-        return rdmaxfer.Receiver(**device_arguments(args), **more)
+        return rdmaxfer.Receiver(**node_arguments(args), **more)
+    except CurveError:
+        raise
     except ValueError as error:
         raise CommandError(f"{error}.", code=Exit.USAGE) from None
 
 
 def make_sender(args: argparse.Namespace, **more: Any) -> rdmaxfer.Sender:
     try:
-        return rdmaxfer.Sender(**device_arguments(args), **more)
+        return rdmaxfer.Sender(**node_arguments(args), **more)
+    except CurveError:
+        raise
     except ValueError as error:
         raise CommandError(f"{error}.", code=Exit.USAGE) from None
 

@@ -63,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-frame-bytes", metavar="SIZE", type=options.size, default=128 << 20, help="largest frame accepted (128M)"
     )
     options.add_slot_option(parser)
+    options.add_key_options(parser)
     options.add_device_options(parser)
 
 
@@ -79,7 +80,8 @@ def run(args: argparse.Namespace) -> int:
     }
     with options.make_receiver(args, **limits) as receiver:
         if args.connect:
-            receiver.connect(args.endpoint, timeout=args.timeout or options.CONNECT_TIMEOUT_S)
+            timeout = args.timeout or options.CONNECT_TIMEOUT_S
+            receiver.connect(args.endpoint, timeout=timeout, peer_key=args.peer_key)
         else:
             options.say(f"listening at {receiver.bind(args.endpoint)}")
         try:

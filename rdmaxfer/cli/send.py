@@ -74,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="longest wait in seconds: for the receiver (30; no limit with --bind), for it to take frames (no limit)",
     )
     options.add_slot_option(parser)
+    options.add_key_options(parser)
     options.add_device_options(parser)
 
 
@@ -98,7 +99,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _meet(sender: rdmaxfer.Sender, args: argparse.Namespace) -> None:
     if not args.bind:
-        sender.connect(args.endpoint, timeout=args.timeout or options.CONNECT_TIMEOUT_S)
+        timeout = args.timeout or options.CONNECT_TIMEOUT_S
+        sender.connect(args.endpoint, timeout=timeout, peer_key=args.peer_key)
         return
     options.say(f"listening at {sender.bind(args.endpoint)}")
     options.wait_for_peers(sender, args.peers, args.timeout)

@@ -36,8 +36,8 @@ class FakeNode:
         self.calls.append(("bind", endpoint))
         return endpoint.replace(":0", ":7471")
 
-    def connect(self, endpoint: str, timeout: float | None = 30.0) -> None:
-        self.calls.append(("connect", endpoint, timeout))
+    def connect(self, endpoint: str, timeout: float | None = 30.0, *, peer_key: str | None = None) -> None:
+        self.calls.append(("connect", endpoint, timeout, *([peer_key] if peer_key is not None else [])))
 
     def wait_for_peers(self, count: int = 1, timeout: float | None = None) -> None:
         self.calls.append(("wait_for_peers", count, timeout))
@@ -222,6 +222,23 @@ def test_ctrl_c_tells_the_totals_and_exits_with_130(capsys: pytest.CaptureFixtur
     assert FakeReceiver.made[0].calls[-1] == ("close",)
 
 
+def test_keys_go_to_where_they_belong(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.zeros(3))
+    assert main(["send", ENDPOINT, str(tmp_path / "a.npy"), "--secret-key", "me", "--peer-key", "you"]) == 0
+    assert FakeSender.made[0].arguments["secret_key"] == "me"
+    assert FakeSender.made[0].calls[0] == ("connect", ENDPOINT, 30.0, "you")
+    assert main(["recv", ENDPOINT, "--count", "1", "--secret-key", "me", "--allowed-keys", "them"]) in (0, 1)
+    assert FakeReceiver.made[0].arguments["allowed_keys"] == "them"
+
+
+def test_keygen_makes_two_files_and_says_whose_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["keygen", str(tmp_path / "me")]) == 0
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["me.key", "me.key_secret"]
+    assert "yours alone" in capsys.readouterr().out
+    assert main(["keygen", str(tmp_path / "me")]) == Exit.USAGE
+    assert "choose another name" in capsys.readouterr().err
+
+
 # --- send -------------------------------------------------------------------------------------------------------------
 
 
@@ -230,7 +247,8 @@ def test_send_connects_pushes_and_flushes(tmp_path: Path, capsys: pytest.Capture
     np.save(tmp_path / "a.npy", array)
     assert main(["send", ENDPOINT, str(tmp_path / "a.npy"), "--timeout", "7", "--device", "rxe9", "--slots", "4"]) == 0
     (sender,) = FakeSender.made
-    assert sender.arguments == {"device": "rxe9", "port": None, "gid_index": None, "slots": 4}
+    device = {"device": "rxe9", "port": None, "gid_index": None}
+    assert sender.arguments == {**device, "secret_key": None, "allowed_keys": None, "slots": 4}
     assert sender.calls == [("connect", ENDPOINT, 7.0), ("flush", 7.0), ("close",)]
     ((pushed, metadata),) = sender.pushed
     assert pushed.dtype == array.dtype

@@ -17,10 +17,18 @@ CM = Path(rdmaxfer.cm.__file__).parent
 
 LAYERS = [
     ["rdmaxfer.errors"],
-    ["rdmaxfer.inband", "rdmaxfer.memory", "rdmaxfer.cm.messages", "rdmaxfer.cm.endpoint", "rdmaxfer.cm.latch"],
+    [
+        "rdmaxfer.inband",
+        "rdmaxfer.memory",
+        "rdmaxfer.cm.messages",
+        "rdmaxfer.cm.endpoint",
+        "rdmaxfer.cm.latch",
+        "rdmaxfer.cm.curve",
+    ],
     ["rdmaxfer.ring", "rdmaxfer.frame", "rdmaxfer.cm.states"],
     ["rdmaxfer.cm.client_session", "rdmaxfer.cm.server_sessions"],
     ["rdmaxfer.cm.protocol"],
+    ["rdmaxfer.cm.gate"],
     ["rdmaxfer.fabric", "rdmaxfer.cm.client", "rdmaxfer.cm.server", "rdmaxfer.cm.connection"],
     ["rdmaxfer.cm"],
     ["rdmaxfer.lease", "rdmaxfer.staging"],
