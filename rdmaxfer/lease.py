@@ -93,6 +93,14 @@ class Frame:
             self._metadata = decode_metadata(self._header.metadata)
         return self._metadata
 
+    def copy(self) -> Frame:
+        """The same frame in memory of its own, which nobody else writes to and which stays as long as you keep it.
+
+        This frame is still to be released. Raises FrameReleased.
+        """
+        array = self.array
+        return Frame(self._header, np.ndarray(array.shape, array.dtype, array.tobytes()), self.peer, _nothing)
+
     def release(self) -> None:
         """Give the slot back to the sender. Doing it twice is harmless."""
         if self._array is not None:
@@ -104,6 +112,10 @@ class Frame:
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+
+def _nothing() -> None:
+    """A frame in memory of its own has nothing to give back."""
 
 
 class FrameLease:

@@ -47,9 +47,6 @@ BYE_S = 1.0
 MAKING_S = 10.0
 """How long `close` waits for a `connect` or `bind` of another thread that is in the middle of making something."""
 
-MAX_PEERS = 1024
-"""Peers that one bound endpoint takes."""
-
 TEARDOWN_S = 1.0
 """How long a dying queue pair may take to give its work requests back."""
 
@@ -95,6 +92,7 @@ class Node(Generic[L]):
         slots: int,
         slot_bytes: int,
         queue_pairs: int,
+        max_peers: int,
         spin_s: float,
         lease_s: float,
         secret_key: str | os.PathLike[str] | None,
@@ -106,6 +104,8 @@ class Node(Generic[L]):
             raise ValueError(f"slot_bytes is a number of bytes from 0 to {messages.MAX_SLOT_BYTES}, not {slot_bytes!r}")
         if not 1 <= queue_pairs <= messages.MAX_QUEUE_PAIRS:
             raise ValueError(f"queue_pairs is a number from 1 to {messages.MAX_QUEUE_PAIRS}, not {queue_pairs!r}")
+        if max_peers < 1:
+            raise ValueError(f"max_peers is a number of at least 1, not {max_peers!r}")
         if not 0.2 <= lease_s <= messages.MAX_LEASE_S:
             raise ValueError(f"lease_s is a number of seconds from 0.2 to {messages.MAX_LEASE_S:.0f}, not {lease_s!r}")
         if not 0 <= spin_s <= 1:
@@ -117,6 +117,7 @@ class Node(Generic[L]):
         self._slots = slots
         self._slot_bytes = slot_bytes
         self._queue_pairs = queue_pairs
+        self._max_peers = max_peers
         self.lease_s = lease_s
         self.name = f"{socket.gethostname()}/{os.getpid()}"[:128]
 
@@ -158,7 +159,9 @@ class Node(Generic[L]):
             )
         with self._making():
             self.route("127.0.0.1")  # without a device (or without the one named), waiting for peers would be in vain
-            server = self._get_control().bind(endpoint, Acceptor(self), lease_s=self.lease_s, max_sessions=MAX_PEERS)
+            server = self._get_control().bind(
+                endpoint, Acceptor(self), lease_s=self.lease_s, max_sessions=self._max_peers
+            )
             self._servers.append(server)
         return server.endpoint
 

@@ -13,7 +13,15 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from rdmaxfer.cm.messages import MAX_SLOT_BYTES, Accept, Hello, Refuse, Resized, RingAddress
-from rdmaxfer.errors import ClosedError, EndOfStream, FrameTooLarge, RdmaxferError, RemoteProtocolError
+from rdmaxfer.errors import (
+    ClosedError,
+    EndOfStream,
+    FrameReleased,
+    FrameTooLarge,
+    NoMemory,
+    RdmaxferError,
+    RemoteProtocolError,
+)
 from rdmaxfer.lease import Frame, FrameLease
 from rdmaxfer.link import recv_depth, send_depth
 from rdmaxfer.node import Node
@@ -64,6 +72,8 @@ class ReceiverStatistics:
     """Frames held now: arrived or handed out, not released."""
     resizes: int
     """Rings replaced by larger ones."""
+    pinned_bytes: int
+    """Memory registered for senders now."""
 
 
 class Receiver(Node[RecvLink]):
@@ -76,6 +86,10 @@ class Receiver(Node[RecvLink]):
       slots: frames that may be on their way or held at a time, for each sender.
       slot_bytes: payload bytes a slot begins with; it grows when a larger frame comes.
       max_frame_bytes: the largest frame accepted. A sender can make this receiver register up to slots * max_frame_bytes.
+      max_pinned_bytes: the most memory to register for all senders together; by default there is no limit but the machine's.
+      max_peers: senders that may be connected to each endpoint bound here.
+      copy: hand out frames in memory of their own, and give the slot back at once. A sender can change what it sent as long as it
+        is connected; copies can't be changed by anybody. For senders that you don't trust.
       queue_pairs: queue pairs of each connection (1 to 8), over which its frames take turns; the smaller wish of the two sides
         counts. Two keep more of a device or of Soft-RoCE busy than one.
       spin_s: seconds to poll busily before a wait sleeps. Lowers latency when a core is to spare.
@@ -98,6 +112,9 @@ class Receiver(Node[RecvLink]):
         slots: int = 16,
         slot_bytes: int = 1 << 20,
         max_frame_bytes: int = 128 << 20,
+        max_pinned_bytes: int | None = None,
+        max_peers: int = 1024,
+        copy: bool = False,
         queue_pairs: int = 2,
         spin_s: float = 0.0,
         lease_s: float = 5.0,
@@ -109,6 +126,8 @@ class Receiver(Node[RecvLink]):
                 f"1 <= slot_bytes <= max_frame_bytes <= {MAX_SLOT_BYTES} does not hold for slot_bytes={slot_bytes!r} and "
                 f"max_frame_bytes={max_frame_bytes!r}"
             )
+        if max_pinned_bytes is not None and max_pinned_bytes < 1:
+            raise ValueError(f"max_pinned_bytes is a number of bytes of at least 1, or None, not {max_pinned_bytes!r}")
         super().__init__(
             device=device,
             port=port,
@@ -116,12 +135,16 @@ class Receiver(Node[RecvLink]):
             slots=slots,
             slot_bytes=slot_bytes,
             queue_pairs=queue_pairs,
+            max_peers=max_peers,
             spin_s=spin_s,
             lease_s=lease_s,
             secret_key=secret_key,
             allowed_keys=allowed_keys,
         )
         self._max_frame_bytes = max_frame_bytes
+        self._max_pinned_bytes = max_pinned_bytes
+        self._pinned_bytes = 0
+        self._copy = copy
         self._ready: deque[tuple[tuple[int, int], Frame]] = deque()
         self._draining: list[RecvLink] = []
         """Links that are gone, but whose frames are still leased."""
@@ -135,7 +158,7 @@ class Receiver(Node[RecvLink]):
     # --- receiving -----------------------------------------------------------------------------------------------------
 
     def recv(self, timeout: float | None = None) -> Frame:
-        """The next frame, as a lease: release it (or use it in a `with` block) when done.
+        """The next frame, as a lease: release it (or use it in a `with` block) when done. With `copy`, it is yours for good.
 
         Frames of one sender come in its order. Waits up to `timeout` seconds, for ever by default.
 
@@ -149,6 +172,14 @@ class Receiver(Node[RecvLink]):
                 self._ready.popleft()
                 self._frames += 1
                 self._bytes += entry[1].nbytes
+            if self._copy:
+                try:
+                    copied = entry[1].copy()
+                except FrameReleased:
+                    self._check_usable()  # closed by another thread just now
+                    raise
+                leased, entry = entry[1], (entry[0], copied)
+                leased.release()
             return entry[1]
         except BaseException:
             if entry is not None:  # Ctrl-C: the frame is not lost
@@ -192,6 +223,7 @@ class Receiver(Node[RecvLink]):
                 credits_sent=self._credits_before + sum(link.credits_sent for link in self._links),
                 leased=sum(len(link.leases) for link in [*self._links, *self._draining]),
                 resizes=self._resizes,
+                pinned_bytes=self._pinned_bytes,
             )
 
     # --- what links ask (rdmaxfer.recv_link.Inbox) ---------------------------------------------------------------------------
@@ -212,6 +244,22 @@ class Receiver(Node[RecvLink]):
                 link.collect()
             if link.credit_kept and not self._ticking:
                 self._tick_later()
+
+    def pin(self, nbytes: int) -> None:
+        """`nbytes` are about to be registered for a sender. Raises NoMemory."""
+        with self._lock:
+            most = self._max_pinned_bytes
+            if most is not None and self._pinned_bytes + nbytes > most:
+                raise NoMemory(
+                    f"{nbytes} bytes more would be above max_pinned_bytes={most}: {self._pinned_bytes} are registered already.",
+                    fix="Receiver(max_pinned_bytes=...) larger, fewer or smaller slots, or fewer senders.",
+                )
+            self._pinned_bytes += nbytes
+
+    def unpin(self, nbytes: int) -> None:
+        """They are not registered any more."""
+        with self._lock:
+            self._pinned_bytes -= nbytes
 
     def _tick_later(self) -> None:
         """See to it that credit is not kept for long. With the lock held."""

@@ -22,16 +22,23 @@ if TYPE_CHECKING:
     from rdmaxfer.fabric.verbs import Endpoint, ProtectionDomain
 
 
+PAGE = 4096
+
+
 class RingMemory:
     """The memory of one epoch of a receiver's ring."""
 
     __slots__ = ("buffer", "region", "slot_bytes", "stride", "view")
 
+    @staticmethod
+    def nbytes_of(slots: int, slot_bytes: int) -> int:
+        """What such a ring takes."""
+        return slots * (framing.HEADER_ROOM + -(-slot_bytes // PAGE) * PAGE)
+
     def __init__(self, pd: ProtectionDomain, slots: int, slot_bytes: int) -> None:
-        page = 4096
         self.slot_bytes = slot_bytes
-        self.stride = framing.HEADER_ROOM + -(-slot_bytes // page) * page
-        self.buffer = Buffer(slots * self.stride)
+        self.stride = framing.HEADER_ROOM + -(-slot_bytes // PAGE) * PAGE
+        self.buffer = Buffer(self.nbytes_of(slots, slot_bytes))
         self.region = pd.register(self.buffer, remote_write=True)
         self.view = self.buffer.view(0, self.buffer.nbytes).toreadonly()
 
@@ -51,6 +58,8 @@ class Inbox(Protocol):
     def frame_arrived(self, frame: Frame, tag: tuple[int, int]) -> None: ...
     def resize_asked(self, link: RecvLink, wanted_bytes: int) -> None: ...
     def release(self, link: RecvLink, lease: FrameLease) -> None: ...
+    def pin(self, nbytes: int) -> None: ...
+    def unpin(self, nbytes: int) -> None: ...
 
 
 class RecvLink(Link):
@@ -101,8 +110,14 @@ class RecvLink(Link):
         return self._address(0, self.new_memory(slot_bytes))
 
     def new_memory(self, slot_bytes: int) -> RingMemory:
-        """Memory for a ring with such slots. Takes long if it is large; needs no lock."""
-        return RingMemory(self.pd, self.ring.slots, slot_bytes)
+        """Memory for a ring with such slots. Takes long if it is large; not with the receiver's lock held."""
+        nbytes = RingMemory.nbytes_of(self.ring.slots, slot_bytes)
+        self._inbox.pin(nbytes)
+        try:
+            return RingMemory(self.pd, self.ring.slots, slot_bytes)
+        except BaseException:
+            self._inbox.unpin(nbytes)
+            raise
 
     def offer(self, memory: RingMemory) -> RingAddress:
         """A ring with larger slots, beside those in use; the sender turns to it with its next frame."""
@@ -212,7 +227,11 @@ class RecvLink(Link):
     def _leave_older(self, epoch: int) -> None:
         # All frames before this one have arrived, so nothing can arrive there any more. Leases keep the memory itself.
         for old in [number for number in self._memory if number < epoch]:
-            self._memory.pop(old).region.close()
+            self._unpin(self._memory.pop(old))
+
+    def _unpin(self, memory: RingMemory) -> None:
+        memory.region.close()
+        self._inbox.unpin(memory.buffer.nbytes)
 
     def release(self, lease: FrameLease) -> None:
         """A lease ended by `Frame.release`: called by users' threads, takes the receiver's lock."""
@@ -292,4 +311,4 @@ class RecvLink(Link):
 
     def _unregister(self) -> None:
         while self._memory:
-            self._memory.popitem()[1].region.close()
+            self._unpin(self._memory.popitem()[1])

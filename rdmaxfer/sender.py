@@ -80,6 +80,7 @@ class Sender(Node[SendLink]):
       port, gid_index: which port and GID of the device; found by default.
       slots: frames that may be on their way or unreleased at a time. Each receiver may lower it for itself.
       slot_bytes: payload bytes to ask receivers to begin with (0: what they have); larger frames make slots grow.
+      max_peers: receivers that may be connected to each endpoint bound here.
       queue_pairs: queue pairs of each connection (1 to 8), over which its frames take turns; the smaller wish of the two sides
         counts. Two keep more of a device or of Soft-RoCE busy than one.
       spin_s: seconds to poll busily before a wait sleeps. Lowers latency when a core is to spare.
@@ -101,6 +102,7 @@ class Sender(Node[SendLink]):
         gid_index: int | None = None,
         slots: int = 16,
         slot_bytes: int = 0,
+        max_peers: int = 1024,
         queue_pairs: int = 2,
         spin_s: float = 0.0,
         lease_s: float = 5.0,
@@ -114,6 +116,7 @@ class Sender(Node[SendLink]):
             slots=slots,
             slot_bytes=slot_bytes,
             queue_pairs=queue_pairs,
+            max_peers=max_peers,
             spin_s=spin_s,
             lease_s=lease_s,
             secret_key=secret_key,
