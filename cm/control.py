@@ -63,6 +63,7 @@ class Control:
         self._failure: BaseException | None = None
         self._closing = False
         self._close_by_s: float | None = None
+        self._watched: dict[int, Callable[[], bool]] = {}
         self._later: list[tuple[float, int, Later]] = []
         self._order = itertools.count()
         self._servers: list[ServerChannel] = []
@@ -153,6 +154,16 @@ class Control:
             return connection
 
         return self.run(connect)
+
+    def watch_fd(self, fd: int, on_readable: Callable[[], bool]) -> Call[None]:
+        """Call `on_readable` on the control thread whenever `fd` is readable (or broken), until it returns False. Whoever closes
+        the file closes this Control before."""
+
+        def watch() -> None:
+            self._watched[fd] = on_readable
+            self._poller.register(fd, zmq.POLLIN)
+
+        return self.call(watch)
 
     def end(self, session_id: bytes, reason: str) -> Call[bool]:
         """End a session of a bound endpoint; `gone` is called. The result tells whether there was one."""
@@ -284,6 +295,10 @@ class Control:
                     client.on_handshake()
                 if client.socket in events:
                     client.on_readable(now_s)
+            for fd in [fd for fd in self._watched if fd in events]:
+                if not self._watched[fd]():
+                    self._poller.unregister(fd)
+                    del self._watched[fd]
             self._run_calls()
             if self._closing and not leaving:
                 leaving = True

@@ -119,6 +119,10 @@ class PeerLost(PeerError):
         self.unreleased = unreleased
 
 
+class DeviceLost(PeerLost, DeviceError):
+    """A connection ended because this side's own device failed or was removed. `unreleased` as in PeerLost."""
+
+
 class EndOfStream(PeerError):
     """Every sender that this receiver connected to has said goodbye, and all their frames were received."""
 

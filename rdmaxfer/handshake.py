@@ -190,6 +190,8 @@ class Connector(Generic[L]):
         """True once connected, None while under way; raises what ended the attempt. With the node's lock held."""
         if self._error is not None:
             raise self._error
+        if self._link.state is LinkState.FAILED and self._link.error is not None:
+            raise self._link.error
         return None if self._link.state is LinkState.OPENING else True
 
     @property

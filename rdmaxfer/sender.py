@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import logging
 import os
 import time
@@ -22,12 +23,13 @@ from rdmaxfer.errors import (
     RdmaxferError,
     RemoteProtocolError,
     TimeoutExpired,
+    VerbsError,
 )
 from rdmaxfer.frame import FrameType, encode_metadata, frame_type
 from rdmaxfer.inband import MESSAGE_BYTES
 from rdmaxfer.lease import Slot
 from rdmaxfer.link import recv_depth, send_depth
-from rdmaxfer.node import Node
+from rdmaxfer.node import REMOVED, Node
 from rdmaxfer.send_link import SendLink
 from rdmaxfer.staging import Holder, Registration, Source, StagingPool, StagingSlot
 from rdmaxfer.waiting import Deadline
@@ -327,18 +329,17 @@ class Sender(Node[SendLink]):
         self._check_usable()
         if self._seq & 7 == 0:
             self._waiter.poll()  # to notice receivers that have left
-        if not self._can_push(kind.payload_bytes):
-            self._waits += 1
-            what = (
-                "waiting for every receiver to have a free slot" if self._links else "waiting for a receiver to connect"
-            )
-            self._waiter.wait_locked(lambda: self._can_push(kind.payload_bytes), deadline, what)
-        try:
-            for link in self._links:
-                source.lkey(link.pd)  # registers what is not yet: an error here is the caller's, and nothing was sent
-        except DeviceError:
-            self._pool.forget(source)
-            raise
+        while True:
+            if not self._can_push(kind.payload_bytes):
+                self._waits += 1
+                what = (
+                    "waiting for every receiver to have a free slot"
+                    if self._links
+                    else "waiting for a receiver to connect"
+                )
+                self._waiter.wait_locked(lambda: self._can_push(kind.payload_bytes), deadline, what)
+            if self._register_for_all(source):
+                break
         seq = self._seq
         pushed_ns = time.time_ns()
         interrupt: KeyboardInterrupt | None = None
@@ -366,6 +367,21 @@ class Sender(Node[SendLink]):
         if interrupt is not None:
             raise interrupt
         return seq
+
+    def _register_for_all(self, source: Source) -> bool:
+        """Register memory on each receiver's device, where it is not yet: an error here is the caller's, and nothing was sent.
+        False if a device turned out to be lost; its links have ended then."""
+        for link in self._links:
+            try:
+                source.lkey(link.pd)
+            except DeviceError as error:
+                if isinstance(error, VerbsError) and error.errno == errno.EIO:  # its event is about to come, too
+                    self._lose_device(link.pd.domain, REMOVED)
+                    self._drop_ended()
+                    return False
+                self._pool.forget(source)
+                raise
+        return True
 
     def _can_push(self, nbytes: int) -> bool | None:
         """Whether every receiver can take a frame of `nbytes` now (then True); asks for larger rings where they are too small."""
@@ -516,6 +532,10 @@ class Sender(Node[SendLink]):
     def slot_limit(self, link: SendLink) -> int:
         return link.max_slot_bytes
 
+    def _forget_device(self, domain: Domain) -> None:
+        super()._forget_device(domain)
+        self._pds.pop(domain.name, None)
+
     # --- the end -------------------------------------------------------------------------------------------------------
 
     def _note_end(self, link: SendLink) -> None:
@@ -526,7 +546,7 @@ class Sender(Node[SendLink]):
         unreleased = tuple(link.seqs)
         error = super()._loss(link)
         if error is not None:
-            return PeerLost(str(error), unreleased=unreleased)
+            return type(error)(str(error).removesuffix(f" Fix: {error.fix}"), unreleased=unreleased, fix=error.fix)
         if unreleased:
             text = f"the receiver {link.peer} left before it had released {len(unreleased)} of the frames it was sent."
             return PeerLost(text, unreleased=unreleased)

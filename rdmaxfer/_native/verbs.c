@@ -33,6 +33,8 @@ struct rx_lib {
     int (*get_cq_event)(struct ibv_comp_channel *, struct ibv_cq **, void **);
     void (*ack_cq_events)(struct ibv_cq *, unsigned int);
     int (*fork_init)(void);
+    int (*get_async_event)(struct ibv_context *, struct ibv_async_event *);
+    void (*ack_async_event)(struct ibv_async_event *);
 };
 
 struct rx_ep {
@@ -43,6 +45,7 @@ struct rx_ep {
     uint32_t lanes;
     uint32_t receives; /* atomic */
     int armed;         /* a notification was asked for and its event not yet read; only rx_wait touches it */
+    int gone;          /* the device was removed: no notification will come any more; only rx_wait touches it */
 };
 
 /* Many verbs return a positive errno, some -1 with errno set, some drivers a negative errno. */
@@ -100,6 +103,8 @@ rx_lib *rx_open(const char *path, char *message, size_t size) {
         {&lib->get_cq_event, "ibv_get_cq_event", "IBVERBS_1.1"},
         {&lib->ack_cq_events, "ibv_ack_cq_events", "IBVERBS_1.1"},
         {&lib->fork_init, "ibv_fork_init", "IBVERBS_1.1"},
+        {&lib->get_async_event, "ibv_get_async_event", "IBVERBS_1.1"},
+        {&lib->ack_async_event, "ibv_ack_async_event", "IBVERBS_1.1"},
     };
     for (size_t i = 0; i < sizeof symbols / sizeof *symbols; i++) {
         if (!resolve(handle, symbols[i].slot, symbols[i].symbol, symbols[i].version)) {
@@ -125,18 +130,21 @@ int rx_ep_destroy(rx_ep *e, rx_error *error) {
         return 0;
     for (; e->lanes; e->lanes--) {
         rc = e->lib->destroy_qp(e->qps[e->lanes - 1]);
-        if (rc)
+        if (rc && rc != EIO) /* EIO: the device was removed, and the kernel has destroyed what was on it */
             return fail(error, "ibv_destroy_qp", rc);
     }
     if (e->cq) { /* every event was acknowledged when it was read: ibv_destroy_cq does not block */
         rc = e->lib->destroy_cq(e->cq);
-        if (rc)
+        if (rc && rc != EIO)
             return fail(error, "ibv_destroy_cq", rc);
         e->cq = NULL;
     }
     if (e->channel) {
+        int fd = e->channel->fd;
         rc = e->lib->destroy_comp_channel(e->channel);
-        if (rc)
+        if (rc == EBUSY) /* libibverbs still counts a CQ that the kernel has destroyed */
+            close(fd);
+        else if (rc)
             return fail(error, "ibv_destroy_comp_channel", rc);
     }
     free(e);
@@ -437,9 +445,13 @@ static void relax(void) {
 /* An armed CQ whose event has not been read needs no second system call: its event is in the channel, or will be. */
 static int arm_all(rx_ep **eps, int n, rx_error *error) {
     for (int i = 0; i < n; i++) {
-        if (eps[i]->armed)
+        if (eps[i]->armed || eps[i]->gone)
             continue;
         int rc = ibv_req_notify_cq(eps[i]->cq, 0);
+        if (rc == EIO) {
+            eps[i]->gone = 1;
+            continue;
+        }
         if (rc)
             return fail(error, "ibv_req_notify_cq", rc == -1 ? errno : rc);
         eps[i]->armed = 1;
@@ -460,7 +472,7 @@ static int take_event(rx_ep *e, rx_error *error) {
 /* 1: look at the CQs (again); 0: the wait is over; < 0: an error. */
 static int sleep_once(rx_ep **eps, int n, int wake_fd, struct pollfd *fds, const struct timespec *left, rx_error *error) {
     for (int i = 0; i < n; i++)
-        fds[i] = (struct pollfd){.fd = eps[i]->channel->fd, .events = POLLIN};
+        fds[i] = (struct pollfd){.fd = eps[i]->gone ? -1 : eps[i]->channel->fd, .events = POLLIN};
     fds[n] = (struct pollfd){.fd = wake_fd, .events = POLLIN}; /* poll(2) skips a negative fd */
     int ready = ppoll(fds, (nfds_t)n + 1, left, NULL);
     if (ready < 0)
@@ -472,8 +484,8 @@ static int sleep_once(rx_ep **eps, int n, int wake_fd, struct pollfd *fds, const
             int rc = take_event(eps[i], error);
             if (rc)
                 return rc;
-        } else if (fds[i].revents) { /* POLLERR, POLLHUP: the device was unplugged */
-            return fail(error, "poll(completion channel)", ENODEV);
+        } else if (fds[i].revents) { /* POLLERR, POLLHUP: the device was removed; an asynchronous event says so, too */
+            eps[i]->gone = 1;
         }
     }
     if (fds[n].revents & POLLIN) {
@@ -549,6 +561,58 @@ int rx_wait(rx_ep **eps, int n, int first, int wake_fd, uint64_t spin_ns, int64_
     *taken = got > 0 ? got : 0;
     return got;
 }
+
+/* --- asynchronous events ---------------------------------------------------------------------------------------- */
+
+void *rx_context(void *pd) { return ((struct ibv_pd *)pd)->context; }
+
+int rx_async_fd(void *context, rx_error *error) {
+    int fd = ((struct ibv_context *)context)->async_fd;
+    int flags = fcntl(fd, F_GETFL);
+    if (flags < 0 || fcntl(fd, F_SETFL, flags | O_NONBLOCK) < 0)
+        return fail(error, "fcntl", errno);
+    return fd;
+}
+
+int rx_async_get(rx_lib *lib, void *context, rx_async *out, rx_error *error) {
+    struct ibv_async_event event;
+    if (lib->get_async_event(context, &event))
+        return errno == EAGAIN || errno == EINTR ? 0 : fail(error, "ibv_get_async_event", errno);
+    *out = (rx_async){.type = event.event_type};
+    switch (event.event_type) {
+    case IBV_EVENT_QP_FATAL:
+    case IBV_EVENT_QP_REQ_ERR:
+    case IBV_EVENT_QP_ACCESS_ERR:
+    case IBV_EVENT_COMM_EST:
+    case IBV_EVENT_SQ_DRAINED:
+    case IBV_EVENT_PATH_MIG:
+    case IBV_EVENT_PATH_MIG_ERR:
+    case IBV_EVENT_QP_LAST_WQE_REACHED:
+        out->scope = RX_OF_QP;
+        out->qp_num = event.element.qp->qp_num;
+        break;
+    case IBV_EVENT_CQ_ERR:
+        out->scope = RX_OF_CQ;
+        out->cq = (uint64_t)(uintptr_t)event.element.cq;
+        break;
+    case IBV_EVENT_PORT_ACTIVE:
+    case IBV_EVENT_PORT_ERR:
+    case IBV_EVENT_LID_CHANGE:
+    case IBV_EVENT_PKEY_CHANGE:
+    case IBV_EVENT_SM_CHANGE:
+    case IBV_EVENT_CLIENT_REREGISTER:
+    case IBV_EVENT_GID_CHANGE:
+        out->scope = RX_OF_PORT;
+        out->port_num = (uint32_t)event.element.port_num;
+        break;
+    default:
+        out->scope = RX_OF_DEVICE;
+    }
+    lib->ack_async_event(&event); /* what destroys a QP or CQ waits for this */
+    return 1;
+}
+
+uint64_t rx_ep_cq(const rx_ep *e) { return (uint64_t)(uintptr_t)e->cq; }
 
 /* --- looking before leaping ------------------------------------------------------------------------------------- */
 

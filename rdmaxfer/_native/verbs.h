@@ -119,7 +119,7 @@ int rx_ep_to_rtr(rx_ep *ep, uint32_t lane, const rx_path *path, rx_error *error)
 int rx_ep_to_rts(rx_ep *ep, uint32_t lane, const rx_retry *retry, rx_error *error);
 int rx_ep_to_err(rx_ep *ep, uint32_t lane, rx_error *error);
 
-/* Frees *ep and returns 0, or destroys what it can and returns an error: then it may be called again. */
+/* Frees *ep and returns 0 (also where the device was removed, and nothing is left to destroy), or destroys what it can and returns an error: then it may be called again. */
 int rx_ep_destroy(rx_ep *ep, rx_error *error);
 
 uint32_t rx_ep_qp_num(const rx_ep *ep, uint32_t lane);
@@ -136,10 +136,34 @@ int rx_post_recv(rx_ep *ep, uint32_t lane, const rx_recv_wr *wrs, int n, int *po
 int rx_poll(rx_ep **eps, int n, int first, rx_wc *out, int max, int *taken, rx_error *error);
 
 /* The same, but if there are none: spin for up to spin_ns; then arm every CQ, look once more, and sleep on all the
- * completion channels and on wake_fd (an eventfd, or -1), until timeout_ns (< 0: for ever) after the call.
+ * completion channels and on wake_fd (an eventfd, or -1), until timeout_ns (< 0: for ever) after the call. An end whose
+ * device was removed is left out from then on: rx_async_get tells of that.
  * 0 means timeout, wake (then the eventfd was drained) or a signal, whose handler runs when the caller is back in Python. */
 int rx_wait(rx_ep **eps, int n, int first, int wake_fd, uint64_t spin_ns, int64_t timeout_ns, rx_wc *out, int max,
             int *taken, rx_error *error);
+
+/* Which ibv_context a pd belongs to; it lives as long as pyverbs' Context is open. */
+void *rx_context(void *pd);
+
+#define RX_OF_DEVICE 0
+#define RX_OF_PORT 1
+#define RX_OF_QP 2
+#define RX_OF_CQ 3
+
+typedef struct {
+    uint32_t type;  /* enum ibv_event_type */
+    uint32_t scope; /* RX_OF_... */
+    uint32_t port_num;
+    uint32_t qp_num;
+    uint64_t cq; /* rx_ep_cq of the end concerned */
+} rx_async;
+
+/* The file descriptor that is readable when there is an asynchronous event; non-blocking from now on. */
+int rx_async_fd(void *context, rx_error *error);
+
+/* 1: *out is the next asynchronous event, which was acknowledged; 0: there is none. */
+int rx_async_get(rx_lib *lib, void *context, rx_async *out, rx_error *error);
+uint64_t rx_ep_cq(const rx_ep *ep);
 
 /* Copy n <= 4096 bytes of this process's memory: -EFAULT, not a crash, where it can't be read. */
 int rx_read_safely(uint64_t address, void *out, size_t n);

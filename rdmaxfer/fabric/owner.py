@@ -10,13 +10,14 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import warnings
 import weakref
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from rdmaxfer.errors import ClosedError, ForkedError, RdmaxferError
+from rdmaxfer.errors import ClosedError, ForkedError, RdmaxferError, VerbsError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -70,7 +71,14 @@ class Owner:
                 failed = failed or error
         if failed is not None:
             raise failed
-        self._destroy()
+        try:
+            self._destroy()
+        except VerbsError as error:
+            if error.errno != errno.EIO:
+                raise
+            # The device was removed (uverbs says EIO to everything from then on), and the kernel has freed what was on it. Only
+            # pyverbs' objects don't know, and would try again.
+            self._keep_for_ever()
         self._state = "closed"
         Owner._roots.discard(self)
         if self._parent is not None:
@@ -83,11 +91,14 @@ class Owner:
         """Objects whose finalizers destroy something in the kernel."""
         return ()
 
+    def _keep_for_ever(self) -> None:
+        for thing in self._pyverbs_objects():
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))  # its finalizer will never run
+
     def _abandon(self) -> None:
         for child in list(self._children):
             child._abandon()
-        for thing in self._pyverbs_objects():
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))  # its finalizer will never run
+        self._keep_for_ever()
         if self._state == "open":
             self._state = "abandoned"
 

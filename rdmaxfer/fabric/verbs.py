@@ -92,7 +92,8 @@ class ProtectionDomain(Owner):
                 raise
             raise bridge.verbs_error(error, "ibv_alloc_pd") from error
         try:
-            self._pointer = bridge.pd_pointer(self._pd, domain._context)
+            self.pointer = bridge.pd_pointer(self._pd, domain._context)
+            """Where its `struct ibv_pd` is."""
         except BaseException:
             _close(self._pd, "ibv_dealloc_pd")
             raise
@@ -491,6 +492,11 @@ class Endpoint(Owner):
             if left <= 0:
                 return False
 
+    @property
+    def cq(self) -> int:
+        """Where its `struct ibv_cq` is: by this, events name it."""
+        return int(self._lib.rx_ep_cq(self._ep))
+
     def _destroy(self) -> None:
         self._check(self._lib.rx_ep_destroy(self._ep, self._error))
         self._region.close()
@@ -501,7 +507,7 @@ class Endpoint(Owner):
         ffi, lib = self._ffi, self._lib
         out = ffi.new("rx_ep **")
         caps = ffi.new("rx_caps *")
-        pd = ffi.cast("void *", self.pd._pointer)
+        pd = ffi.cast("void *", self.pd.pointer)
         for inline in (MAX_SEND, 0):  # a device without inline data refuses to create such a queue pair
             caps.send_wr, caps.recv_wr, caps.max_inline = self.send_depth, self.recv_depth, inline
             caps.cqe = self.lanes * (self.send_depth + 1 + self.recv_depth)

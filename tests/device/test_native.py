@@ -556,8 +556,8 @@ def test_a_forked_child_can_not_harm_its_parent(route: Route, way: str) -> None:
 
 def test_the_pointer_found_is_the_protection_domain(route: Route) -> None:
     with Domain(route) as domain, domain.protection_domain() as pd:
-        assert bridge.pd_pointer(pd._pd, domain._context) == pd._pointer
-        assert pd._pointer % 8 == 0
+        assert bridge.pd_pointer(pd._pd, domain._context) == pd.pointer
+        assert pd.pointer % 8 == 0
 
 
 def test_the_pointer_of_another_devices_context_is_refused(route: Route) -> None:
