@@ -51,6 +51,7 @@ from rdmaxfer.errors import (
     VerbsUnavailable,
 )
 from rdmaxfer.lease import Frame, Slot
+from rdmaxfer.node import StateChange
 from rdmaxfer.receiver import Receiver, ReceiverStatistics
 from rdmaxfer.sender import Sender, SenderStatistics
 from rdmaxfer.staging import Registration
@@ -86,6 +87,7 @@ __all__ = [
     "Sender",
     "SenderStatistics",
     "Slot",
+    "StateChange",
     "TimeoutExpired",
     "UnsupportedDtype",
     "VerbsError",

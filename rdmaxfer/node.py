@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import os
@@ -13,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from rdmaxfer.cm import messages
 from rdmaxfer.cm.endpoint import is_loopback, parse
@@ -88,6 +89,20 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_mark_forked)
 
 
+@dataclasses.dataclass(frozen=True)
+class StateChange:
+    """What `on_state` is told: a peer came or went."""
+
+    peer: str
+    """As it calls itself: host/pid. `Frame.peer` of its frames is the same."""
+    state: Literal["connected", "ended", "lost"]
+    """"ended" is a goodbye, "lost" the end of a connection without one, or with frames that were not released."""
+    error: PeerLost | None
+    """Why, if it was lost."""
+    reason: str
+    """Why the device and its GID were chosen, once connected; else the error's text, or nothing."""
+
+
 class Node(Generic[L]):
     """Base of Sender and Receiver; not made by users."""
 
@@ -107,6 +122,7 @@ class Node(Generic[L]):
         lease_s: float,
         secret_key: str | os.PathLike[str] | None,
         allowed_keys: str | os.PathLike[str] | None,
+        on_state: Callable[[StateChange], object] | None,
     ) -> None:
         if not 1 <= slots <= 4096:
             raise ValueError(f"slots is a number from 1 to 4096, not {slots!r}")
@@ -120,6 +136,7 @@ class Node(Generic[L]):
             raise ValueError(f"lease_s is a number of seconds from 0.2 to {messages.MAX_LEASE_S:.0f}, not {lease_s!r}")
         if not 0 <= spin_s <= 1:
             raise ValueError(f"spin_s is a number of seconds from 0 to 1, not {spin_s!r}")
+        self._on_state = on_state
         self._curve = _curve(secret_key, allowed_keys)
         self._device = device if device is not None else os.environ.get("RDMAXFER_DEVICE") or None
         self._port = port
@@ -390,6 +407,7 @@ class Node(Generic[L]):
                 link.state = LinkState.READY
                 self._links.append(link)
                 log.info("connected with %s over verbs: %s", link.peer, link.reason)
+                self._tell_state(StateChange(link.peer, "connected", None, link.reason))
             self._waiter.wake()
 
     def _make_link(self, session: bytes, peer: str, domain: Domain, route: Route, lanes: int, owned: ExitStack) -> L:
@@ -463,12 +481,25 @@ class Node(Generic[L]):
         if lost is None:
             self._ends += 1
             log.info("%s said goodbye", link.peer)
+            self._tell_state(StateChange(link.peer, "ended", None, ""))
             return
         self._peers_lost += 1
+        self._tell_state(StateChange(link.peer, "lost", lost, str(lost)))
         if link.chosen_here or lost.unreleased:
             self._losses.append(lost)
         else:
             log.warning("%s", lost)
+
+    def _tell_state(self, change: StateChange) -> None:
+        """Have `on_state` told, in order. With the lock held, which the callback will not find held."""
+        if self._on_state is not None and not self._closing:
+            self._on_control(functools.partial(self._call_on_state, self._on_state, change))
+
+    def _call_on_state(self, on_state: Callable[[StateChange], object], change: StateChange) -> None:
+        try:
+            on_state(change)
+        except Exception:
+            log.exception("on_state raised an exception at %s", change)
 
     def _loss(self, link: L) -> PeerLost | None:
         """What is to be told to the user about the end of this link; None where all is well."""

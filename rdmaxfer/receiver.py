@@ -24,7 +24,7 @@ from rdmaxfer.errors import (
 )
 from rdmaxfer.lease import Frame, FrameLease
 from rdmaxfer.link import recv_depth, send_depth
-from rdmaxfer.node import Node
+from rdmaxfer.node import Node, StateChange
 from rdmaxfer.recv_link import RecvLink
 from rdmaxfer.waiting import Deadline
 
@@ -97,6 +97,8 @@ class Receiver(Node[RecvLink]):
       secret_key: this side's file NAME.key_secret (`rdmaxfer keygen`). With it, CURVE authenticates and encrypts the control plane
         of every endpoint, and `connect` needs the peer's public key.
       allowed_keys: directory with the files NAME.key of the senders that may connect to endpoints bound here.
+      on_state: called with a StateChange when a peer has connected, said goodbye, or was lost; on a thread of this object, which
+        waits for it: keep it short, and call nothing of this object that waits (set an event, and connect elsewhere).
 
     Use it in a `with` block, or close() it. All methods may be called from any thread.
     """
@@ -120,6 +122,7 @@ class Receiver(Node[RecvLink]):
         lease_s: float = 5.0,
         secret_key: str | os.PathLike[str] | None = None,
         allowed_keys: str | os.PathLike[str] | None = None,
+        on_state: Callable[[StateChange], object] | None = None,
     ) -> None:
         if not 1 <= slot_bytes <= max_frame_bytes <= MAX_SLOT_BYTES:
             raise ValueError(
@@ -140,6 +143,7 @@ class Receiver(Node[RecvLink]):
             lease_s=lease_s,
             secret_key=secret_key,
             allowed_keys=allowed_keys,
+            on_state=on_state,
         )
         self._max_frame_bytes = max_frame_bytes
         self._max_pinned_bytes = max_pinned_bytes

@@ -7,7 +7,7 @@ import errno
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ from rdmaxfer.frame import FrameType, encode_metadata, frame_type
 from rdmaxfer.inband import MESSAGE_BYTES
 from rdmaxfer.lease import Slot
 from rdmaxfer.link import recv_depth, send_depth
-from rdmaxfer.node import REMOVED, Node
+from rdmaxfer.node import REMOVED, Node, StateChange
 from rdmaxfer.send_link import SendLink
 from rdmaxfer.staging import Holder, Registration, Source, StagingPool, StagingSlot
 from rdmaxfer.waiting import Deadline
@@ -90,6 +90,8 @@ class Sender(Node[SendLink]):
       secret_key: this side's file NAME.key_secret (`rdmaxfer keygen`). With it, CURVE authenticates and encrypts the control plane
         of every endpoint, and `connect` needs the peer's public key.
       allowed_keys: directory with the files NAME.key of the receivers that may connect to endpoints bound here.
+      on_state: called with a StateChange when a peer has connected, said goodbye, or was lost; on a thread of this object, which
+        waits for it: keep it short, and call nothing of this object that waits (set an event, and connect elsewhere).
 
     Use it in a `with` block, or close() it. All methods may be called from any thread.
     """
@@ -110,6 +112,7 @@ class Sender(Node[SendLink]):
         lease_s: float = 5.0,
         secret_key: str | os.PathLike[str] | None = None,
         allowed_keys: str | os.PathLike[str] | None = None,
+        on_state: Callable[[StateChange], object] | None = None,
     ) -> None:
         super().__init__(
             device=device,
@@ -123,6 +126,7 @@ class Sender(Node[SendLink]):
             lease_s=lease_s,
             secret_key=secret_key,
             allowed_keys=allowed_keys,
+            on_state=on_state,
         )
         self._pool = StagingPool(slots)
         self._pds: dict[str, ProtectionDomain] = {}
