@@ -22,6 +22,7 @@ from rdmaxfer.cm.messages import (
     Message,
     Ready,
     Refuse,
+    RefuseCode,
     Renew,
     Renewed,
     Resize,
@@ -107,6 +108,8 @@ class ClientSession:
         self._alive_s = 0.0
         self._deadline_s = 0.0
         self._resizes: deque[Resize] = deque()
+        self._busy = ""
+        """What a peer said that had no time for HELLO."""
         self._told = False
 
     def __repr__(self) -> str:
@@ -270,6 +273,9 @@ class ClientSession:
         error: RdmaxferError = Refused(text, code=refuse.code.value, fix=refuse.fix)
         if self.state is ClientState.CLOSING:
             self._over(None)
+        elif self.state is ClientState.HELLO_SENT and refuse.code is RefuseCode.BUSY:
+            self._awaited = asked  # repeated as if no answer had come
+            self._busy = refuse.message
         elif self.state is ClientState.HELLO_SENT:
             self._over(error)
         elif self.state is ClientState.READY_SENT:
@@ -290,7 +296,7 @@ class ClientSession:
         step = "HELLO" if self.state is ClientState.HELLO_SENT else "READY"
         return ConnectTimeout(
             f"{self._endpoint} did not connect within {self._handshake_timeout_s:g} s: "
-            f"timed out while waiting for an answer to {step}.",
+            f"timed out while waiting for an answer to {step}{f'; it was busy: {self._busy}' if self._busy else '.'}",
             fix="check that the peer is running and bound to this address and port, that a host name resolves, "
             "and that a firewall lets the TCP port through.",
         )

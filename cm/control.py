@@ -92,6 +92,7 @@ class Control:
         lease_s: float = DEFAULT_LEASE_S,
         handshake_timeout_s: float = DEFAULT_HANDSHAKE_TIMEOUT_S,
         max_sessions: int = DEFAULT_MAX_SESSIONS,
+        handshakes_per_s: float = math.inf,
     ) -> BoundServer:
         """Answer who connects to `endpoint`. Raises EndpointError, and LocalProtocolError if CURVE is used without allowed keys."""
 
@@ -109,6 +110,7 @@ class Control:
                 lease_s=lease_s,
                 handshake_timeout_s=handshake_timeout_s,
                 max_sessions=max_sessions,
+                handshakes_per_s=handshakes_per_s,
                 identity=self._curve.identity if self._curve is not None else None,
             )
             self._servers.append(channel)

@@ -44,6 +44,7 @@ class ServerChannel:
         lease_s: float,
         handshake_timeout_s: float,
         max_sessions: int,
+        handshakes_per_s: float,
         identity: Identity | None,
     ) -> None:
         wanted = endpoints.parse(endpoint, bind=True)
@@ -67,7 +68,11 @@ class ServerChannel:
         self.turned_away = 0
         """Connections whose ZeroMQ handshake failed: no key, a wrong one, or no ZeroMQ at all."""
         self.sessions = ServerSessions(
-            handler, lease_s=lease_s, handshake_timeout_s=handshake_timeout_s, max_sessions=max_sessions
+            handler,
+            lease_s=lease_s,
+            handshake_timeout_s=handshake_timeout_s,
+            max_sessions=max_sessions,
+            handshakes_per_s=handshakes_per_s,
         )
 
     def on_handshake(self) -> None:

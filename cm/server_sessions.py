@@ -7,6 +7,7 @@ The handler is called from within these methods, and may call `end` and `close` 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -103,15 +104,25 @@ def _digest(data: bytes) -> bytes:
 
 
 class ServerSessions:
-    """See the module. Times are seconds of any monotonic clock. `lease_s` is the longest lease granted."""
+    """See the module. Times are seconds of any monotonic clock. `lease_s` is the longest lease granted. A second's worth of
+    `handshakes_per_s` may come at once."""
 
     def __init__(
-        self, handler: ServerHandler, *, lease_s: float, handshake_timeout_s: float, max_sessions: int
+        self,
+        handler: ServerHandler,
+        *,
+        lease_s: float,
+        handshake_timeout_s: float,
+        max_sessions: int,
+        handshakes_per_s: float = math.inf,
     ) -> None:
         self._handler = handler
         self._lease_s = lease_s
         self._handshake_timeout_s = handshake_timeout_s
         self._max_sessions = max_sessions
+        self._handshakes_per_s = handshakes_per_s
+        self._allowance = handshakes_per_s
+        self._counted_s: float | None = None
         self._sessions: dict[bytes, _Session] = {}
         self._past: OrderedDict[bytes, _Past] = OrderedDict()
         self._closed: str | None = None
@@ -210,6 +221,13 @@ class ServerSessions:
                 fix="close another connection, or raise max_peers at the side that is bound.",
                 limit=self._max_sessions,
             )
+        if not self._within_rate(now_s):
+            return self._refuse(
+                key,
+                RefuseCode.BUSY,
+                f"more than {self._handshakes_per_s:g} sides a second want to connect here.",
+                fix="repeat the same request a little later.",
+            )
         try:
             reply = self._handler.hello(hello, peer)
             if isinstance(reply, Refuse):
@@ -229,6 +247,18 @@ class ServerSessions:
             return self._done(session, hello, data, msgspec.structs.replace(reply, lease_s=lease_s))
         except Exception as error:
             return self._crashed(session, key, error)
+
+    def _within_rate(self, now_s: float) -> bool:
+        rate = self._handshakes_per_s
+        if math.isinf(rate):
+            return True
+        if self._counted_s is not None:
+            self._allowance = min(max(rate, 1.0), self._allowance + (now_s - self._counted_s) * rate)
+        self._counted_s = now_s
+        if self._allowance < 1:
+            return False
+        self._allowance -= 1
+        return True
 
     def _on_known(self, session: _Session, message: Message, data: bytes, now_s: float) -> bytes:
         key = (message.session, message.request)

@@ -51,6 +51,9 @@ BYE_S = 1.0
 MAKING_S = 10.0
 """How long `close` waits for a `connect` or `bind` of another thread that is in the middle of making something."""
 
+HANDSHAKES_PER_S = 100.0
+"""More are told to come again later: each makes queue pairs and registers memory."""
+
 BROKEN = {"QP_FATAL", "QP_REQ_ERR", "QP_ACCESS_ERR", "PATH_MIG_ERR", "CQ_ERR"}
 """Asynchronous events after which a queue pair is of no use."""
 
@@ -190,7 +193,11 @@ class Node(Generic[L]):
         with self._making():
             self.route("127.0.0.1")  # without a device (or without the one named), waiting for peers would be in vain
             server = self._get_control().bind(
-                endpoint, Acceptor(self), lease_s=self.lease_s, max_sessions=self._max_peers
+                endpoint,
+                Acceptor(self),
+                lease_s=self.lease_s,
+                max_sessions=self._max_peers,
+                handshakes_per_s=HANDSHAKES_PER_S,
             )
             self._servers.append(server)
         return server.endpoint

@@ -469,6 +469,50 @@ def test_the_number_of_sessions_is_limited() -> None:
     assert isinstance(m.decode(server.on_request(m.encode(make_hello(2)), "", HANDSHAKE_S)), m.Accept)
 
 
+def limited(handler: Server, handshakes_per_s: float) -> ServerSessions:
+    return ServerSessions(
+        handler, lease_s=10.0, handshake_timeout_s=HANDSHAKE_S, max_sessions=1000, handshakes_per_s=handshakes_per_s
+    )
+
+
+def test_handshakes_a_second_are_limited_and_nothing_is_kept_of_those_put_off() -> None:
+    handler = Server()
+    server = limited(handler, 10.0)
+    hellos = [m.encode(make_hello(number)) for number in range(1, 101)]
+    first = [m.decode(server.on_request(data, "", 5.0)) for data in hellos]
+    assert [isinstance(reply, m.Accept) for reply in first] == [True] * 10 + [False] * 90
+    assert {reply.code for reply in first if isinstance(reply, m.Refuse)} == {m.RefuseCode.BUSY}
+    assert len(handler.open) == 10
+    assert isinstance(m.decode(server.on_request(hellos[0], "", 5.0)), m.Accept), "a repeat costs nothing"
+    again = [m.decode(server.on_request(data, "", 5.5)) for data in hellos[10:]]
+    assert [isinstance(reply, m.Accept) for reply in again] == [True] * 5 + [False] * 85
+    late = [m.decode(server.on_request(data, "", 1000.0)) for data in hellos[15:]]
+    assert sum(isinstance(reply, m.Accept) for reply in late) == 10, "no more than a second's worth is saved up"
+    assert server.statistics().refused == {"busy": 90 + 85 + 75}
+
+
+def test_a_client_that_is_put_off_comes_again_by_itself() -> None:
+    world = World()
+    world.server = limited(world.server_handler, 1.0)
+    assert isinstance(m.decode(world.server.on_request(m.encode(make_hello(77)), "", 0.0)), m.Accept)
+    world.client.start(world.now)
+    world.run(0.1)
+    assert world.client.state is ClientState.HELLO_SENT
+    world.run(RETRY_S + 1.1)
+    assert world.client.state is ClientState.CONNECTED
+    assert not world.client_handler.ends
+
+
+def test_a_client_that_is_put_off_for_ever_says_why() -> None:
+    world = World()
+    world.server = limited(world.server_handler, 0.0)
+    world.client.start(world.now)
+    world.run(HANDSHAKE_S + 5)
+    (error,) = world.client_handler.ends
+    assert isinstance(error, ConnectTimeout)
+    assert "it was busy: more than 0 sides a second want to connect here." in str(error)
+
+
 @pytest.mark.parametrize("step", ["hello", "ready", "resize"])
 def test_a_handlers_exception_is_refused_and_reported(step: str) -> None:
     handler = Server()
