@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from rdmaxfer.cm import messages
 from rdmaxfer.cm.endpoint import is_loopback, parse
+from rdmaxfer.domains import Domains
 from rdmaxfer.errors import (
     ClosedError,
     CurveError,
-    DeviceLost,
     EndpointError,
     ForkedError,
     NotConnected,
@@ -53,13 +53,6 @@ MAKING_S = 10.0
 
 HANDSHAKES_PER_S = 100.0
 """More are told to come again later: each makes queue pairs and registers memory."""
-
-BROKEN = {"QP_FATAL", "QP_REQ_ERR", "QP_ACCESS_ERR", "PATH_MIG_ERR", "CQ_ERR"}
-"""Asynchronous events after which a queue pair is of no use."""
-
-REMOVED = "it failed or was removed"
-
-PORT_STATES = {"PORT_ERR": "down", "PORT_ACTIVE": "up"}
 
 TEARDOWN_S = 1.0
 """How long a dying queue pair may take to give its work requests back."""
@@ -156,10 +149,7 @@ class Node(Generic[L]):
         self._links = self._waiter.links
         self._wait = self._waiter.wait
         self._opening: dict[bytes, L] = {}
-        self._domains: dict[str, Domain] = {}
-        self._lost_domains: list[Domain] = []
-        """Of devices that failed or were removed: to be closed when nothing refers to them any more."""
-        self._watched: set[Domain] = set()
+        self._domains: Domains[L] = Domains(lambda: [*self._links, *self._opening.values()])
         self._control: Control | None = None
         self._servers: list[BoundServer] = []
         self._connections: dict[bytes, Connection] = {}
@@ -287,14 +277,9 @@ class Node(Generic[L]):
             self._waiter.wake()
 
     def _domain(self, route: Route) -> Domain:
-        from rdmaxfer.fabric.verbs import Domain
-
         with self._lock:
             self._waiter.begin()
-            domain = self._domains.get(route.device)
-            if domain is None:
-                domain = self._domains[route.device] = Domain(route.device)
-            return domain
+            return self._domains.get(route.device)
 
     # --- what the handshake asks of either side (rdmaxfer.handshake) ----------------------------------------------------
 
@@ -328,71 +313,25 @@ class Node(Generic[L]):
             with self._lock:
                 self._opening[session] = link
             stack.pop_all()  # the link owns it all from here on
-            self._watch_device(link)
+            with self._lock:
+                self._domains.watch(link, self._get_control(), self._on_device)
         return link
-
-    def _watch_device(self, link: L) -> None:
-        """Hear of what happens to the device that `link` is on."""
-        from rdmaxfer.fabric.events import Events
-
-        pd = link.endpoint.pd
-        with self._lock:
-            if pd.domain in self._watched:
-                return
-            self._watched.add(pd.domain)
-        events = Events(pd)
-        self._get_control().watch_fd(events.fd, functools.partial(self._on_device, events))
 
     def _on_device(self, events: Events) -> bool:
         """On the control thread: the device of `events` has something to say. False once it has gone."""
         domain = events.domain
         try:
             happened = events.take()
-        except VerbsError as error:
-            happened, reason = [], str(error)
-        else:
-            reason = ""
+        except VerbsError:
+            happened = None
         with self._lock:
-            for event in happened:
-                if event.name == "DEVICE_FATAL":
-                    reason = REMOVED
-                elif event.name in BROKEN:
-                    for link in self._links_on(domain):
-                        if event.concerns(link.endpoint):
-                            link.fail(
-                                PeerLost(f"the connection with {link.peer} broke: the device reports {event.name}.")
-                            )
-                elif event.name in PORT_STATES:
-                    level = logging.WARNING if event.name == "PORT_ERR" else logging.INFO
-                    log.log(level, "port %d of %s is %s", event.port, domain.name, PORT_STATES[event.name])
-            if reason:
-                self._lose_device(domain, reason)
+            if happened is None:
+                self._domains.lose(domain)
+            else:
+                self._domains.handle(domain, happened)
             self._drop_ended()
             self._waiter.wake()
-        return not reason
-
-    def _lose_device(self, domain: Domain, reason: str) -> None:
-        """The device failed or was removed: its links end. With the lock held; again is harmless."""
-        if domain in self._lost_domains:
-            return
-        log.warning("the device %s can't be used any more: %s", domain.name, reason)
-        for link in self._links_on(domain):
-            link.fail(
-                DeviceLost(
-                    f"the connection with {link.peer} ended with this side's device {domain.name}: {reason}.",
-                    fix="`rdmaxfer devices` shows what devices there are; connect again when it is back.",
-                )
-            )
-        self._forget_device(domain)
-
-    def _links_on(self, domain: Domain) -> list[L]:
-        return [link for link in [*self._links, *self._opening.values()] if link.endpoint.pd.domain is domain]
-
-    def _forget_device(self, domain: Domain) -> None:
-        """A device of that name that comes (back) is another one. With the lock held."""
-        if self._domains.get(domain.name) is domain:
-            del self._domains[domain.name]
-        self._lost_domains.append(domain)
+            return not domain.lost
 
     def prepare_link(
         self, link: L, theirs: messages.VerbsAddress, *, path_mtu: int, max_msg_sz: int, max_slot_bytes: int
@@ -604,7 +543,7 @@ class Node(Generic[L]):
 
     def _dismantle(self, deadline: Deadline) -> None:
         with ExitStack() as stack:
-            for domain in [*self._domains.values(), *self._lost_domains]:
+            for domain in self._domains:
                 stack.callback(domain.close)
             stack.callback(self._waiter.close)
             stack.callback(self._free_memory)

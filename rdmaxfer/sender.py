@@ -29,7 +29,7 @@ from rdmaxfer.frame import FrameType, encode_metadata, frame_type
 from rdmaxfer.inband import MESSAGE_BYTES
 from rdmaxfer.lease import Slot
 from rdmaxfer.link import recv_depth, send_depth
-from rdmaxfer.node import REMOVED, Node, StateChange
+from rdmaxfer.node import Node, StateChange
 from rdmaxfer.send_link import SendLink
 from rdmaxfer.staging import Holder, Registration, Source, StagingPool, StagingSlot
 from rdmaxfer.waiting import Deadline
@@ -129,7 +129,7 @@ class Sender(Node[SendLink]):
             on_state=on_state,
         )
         self._pool = StagingPool(slots)
-        self._pds: dict[str, ProtectionDomain] = {}
+        self._pds: dict[Domain, ProtectionDomain] = {}
         self._registrations: list[Registration] = []
         self._seq = 0
         self._bytes = 0
@@ -216,8 +216,9 @@ class Sender(Node[SendLink]):
         registration = Registration(array, self._unregister)
         with self._lock:
             self._check_usable()
-            for pd in self._pds.values():
-                registration.lkey(pd)
+            for domain, pd in self._pds.items():
+                if not domain.lost:
+                    registration.lkey(pd)
             self._registrations.append(registration)
         return registration
 
@@ -380,7 +381,7 @@ class Sender(Node[SendLink]):
                 source.lkey(link.pd)
             except DeviceError as error:
                 if isinstance(error, VerbsError) and error.errno == errno.EIO:  # its event is about to come, too
-                    self._lose_device(link.pd.domain, REMOVED)
+                    self._domains.lose(link.pd.domain)
                     self._drop_ended()
                     return False
                 self._pool.forget(source)
@@ -454,9 +455,9 @@ class Sender(Node[SendLink]):
         from rdmaxfer.fabric.verbs import Endpoint
 
         with self._lock:
-            pd = self._pds.get(route.device)
+            pd = self._pds.get(domain)
             if pd is None:
-                pd = self._pds[route.device] = domain.protection_domain()
+                pd = self._pds[domain] = domain.protection_domain()
         endpoint = Endpoint(
             pd,
             route,
@@ -535,10 +536,6 @@ class Sender(Node[SendLink]):
 
     def slot_limit(self, link: SendLink) -> int:
         return link.max_slot_bytes
-
-    def _forget_device(self, domain: Domain) -> None:
-        super()._forget_device(domain)
-        self._pds.pop(domain.name, None)
 
     # --- the end -------------------------------------------------------------------------------------------------------
 

@@ -50,6 +50,8 @@ class Domain(Owner):
 
     def __init__(self, device: Route | str) -> None:
         super().__init__()
+        self.lost = False
+        """Whether the device failed or was removed, as far as was noticed."""
         self.name = device if isinstance(device, str) else device.device
         verbs = bridge.pyverbs()
         _fork_init()

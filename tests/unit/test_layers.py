@@ -34,7 +34,7 @@ LAYERS = [
     ["rdmaxfer.lease", "rdmaxfer.staging"],
     ["rdmaxfer.link"],
     ["rdmaxfer.send_link", "rdmaxfer.recv_link"],
-    ["rdmaxfer.handshake", "rdmaxfer.waiting"],
+    ["rdmaxfer.handshake", "rdmaxfer.waiting", "rdmaxfer.domains"],
     ["rdmaxfer.node"],
     ["rdmaxfer.receiver", "rdmaxfer.sender"],
     ["rdmaxfer"],
