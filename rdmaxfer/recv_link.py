@@ -239,7 +239,8 @@ class RecvLink(Link):
 
     def finish(self, lease: FrameLease) -> None:
         """Give a leased slot back, and credit where it is due. With the receiver's lock held."""
-        if self.leases.get(lease.position) is lease:
+        # A position not received yet: Ctrl-C came while its frame was being made, and it is about to be made again.
+        if self.leases.get(lease.position) is lease and lease.position < self.ring.received:
             self.ring.release(lease.position)
             if not self.torn_down:
                 self.give_credit()

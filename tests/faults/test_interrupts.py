@@ -15,6 +15,7 @@ import pytest
 from helpers import TIMEOUT_S, Background, pair, rest, spawn
 
 import rdmaxfer
+from rdmaxfer.lease import FrameLease
 
 MOST = 3000
 """More points than any call has."""
@@ -123,6 +124,22 @@ def test_ctrl_c_in_push(how: str, peers: int) -> None:
         tx.flush(timeout=TIMEOUT_S)
         tx.close()
         assert time.monotonic() - began < 10
+
+
+def test_a_frame_whose_making_ctrl_c_cut_off_is_not_given_back_before_it_is_made_again() -> None:
+    with pair(receiver={"slots": 4}, sender={"slots": 4}) as (tx, rx):
+        link = rx._links[0]
+        lease = FrameLease(link, link.ring.received)
+        link.leases[lease.position] = lease
+        link.abandoned.append(lease)
+        rx._tick()  # what the control thread does now and then
+        assert link.ring.released == 0
+        for n in range(10):
+            tx.push(np.array([n]), timeout=TIMEOUT_S)
+            with rx.recv(timeout=TIMEOUT_S) as frame:
+                assert frame.array[0] == n
+        tx.flush(timeout=TIMEOUT_S)
+        assert rx.statistics().leased == 0
 
 
 def test_ctrl_c_in_recv_loses_no_frame() -> None:
