@@ -210,11 +210,7 @@ class SendLink(Link):
         """Make sure that the completion of everything posted so far will be seen: an empty, signalled WRITE ends each queue."""
         for lane in self._lanes:
             if lane.unsignalled and self.live and self._room(lane):
-                self._record(lane, 1, -1, None, signaled=True)
-                try:
-                    self.endpoint.write_empty(lane.posted, lane.number)
-                except DeviceError as error:
-                    self._broke(error)
+                self._post_empty(lane, None)
 
     def ask_credit(self) -> None:
         """Ask the receiver to tell at once what it releases, rather than to wait until half of the ring has come together."""
@@ -238,12 +234,24 @@ class SendLink(Link):
     def _write_imm(self, lane: _Lane, imm: int) -> bool:
         if not self._room(lane):
             return False
-        self._record(lane, 1, -1, None, signaled=True)
+        self._post_empty(lane, imm)
+        return True
+
+    def _post_empty(self, lane: _Lane, imm: int | None) -> None:
+        """An empty, signalled WRITE, with an immediate or without."""
+        self.endpoint.clear_posted()
         try:
-            self.endpoint.write_imm(imm, lane.posted, lane.number)
+            self._record(lane, 1, -1, None, signaled=True)
+            if imm is None:
+                self.endpoint.write_empty(lane.posted, lane.number)
+            else:
+                self.endpoint.write_imm(imm, lane.posted, lane.number)
         except DeviceError as error:
             self._broke(error)
-        return True
+        except BaseException:
+            if not self.endpoint.last_posted:
+                lane.unsignalled += 1  # recorded, but no completion will come of it: a later `fence` has to ask for one
+            raise
 
     @property
     def all_completed(self) -> bool:
