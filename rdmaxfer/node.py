@@ -313,8 +313,12 @@ class Node(Generic[L]):
             with self._lock:
                 self._opening[session] = link
             stack.pop_all()  # the link owns it all from here on
-            with self._lock:
-                self._domains.watch(link, self._get_control(), self._on_device)
+            try:
+                with self._lock:
+                    self._domains.watch(link, self._get_control(), self._on_device)
+            except BaseException:
+                self.retire(link)
+                raise
         return link
 
     def _on_device(self, events: Events) -> bool:

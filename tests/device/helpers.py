@@ -92,3 +92,13 @@ def rest(process: subprocess.Popen[str], timeout: float = TIMEOUT_S) -> tuple[st
     out, err = (each.result(timeout) for each in reading)
     process.wait(timeout)
     return out, err
+
+
+def check_frames(tx: rdmaxfer.Sender, rx: rdmaxfer.Receiver) -> None:
+    """Both sides still pass frames."""
+    for seed in range(20):
+        seq = tx.push(picture(seed), timeout=TIMEOUT_S)
+        with rx.recv(timeout=TIMEOUT_S) as frame:
+            assert frame.seq == seq
+            assert frame.array.tobytes() == picture(seed).tobytes()
+    tx.flush(timeout=TIMEOUT_S)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zmq
-from helpers import TIMEOUT_S, pair, picture, wait_until
+from helpers import TIMEOUT_S, check_frames, pair, picture, wait_until
 
 import rdmaxfer
 from rdmaxfer.cm import messages
@@ -30,16 +30,6 @@ def promptly(limit_s: float = PROMPTLY_S) -> Iterator[None]:
     began = time.monotonic()
     yield
     assert time.monotonic() - began < limit_s
-
-
-def check_frames(tx: rdmaxfer.Sender, rx: rdmaxfer.Receiver) -> None:
-    """Both sides still pass frames."""
-    for seed in range(20):
-        seq = tx.push(picture(seed), timeout=TIMEOUT_S)
-        with rx.recv(timeout=TIMEOUT_S) as frame:
-            assert frame.seq == seq
-            assert frame.array.tobytes() == picture(seed).tobytes()
-    tx.flush(timeout=TIMEOUT_S)
 
 
 def check_fix(error: rdmaxfer.RdmaxferError) -> None:

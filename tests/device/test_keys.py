@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import TIMEOUT_S, picture, wait_until
+from helpers import TIMEOUT_S, check_frames, picture, wait_until
 
 import rdmaxfer
 from rdmaxfer.cm.curve import make_keys
@@ -34,21 +35,13 @@ def own(keys: Path, name: str) -> dict[str, Any]:
     return {"secret_key": keys / f"{name}.key_secret"}
 
 
-def check(tx: rdmaxfer.Sender, rx: rdmaxfer.Receiver) -> None:
-    for seed in range(20):
-        tx.push(picture(seed), timeout=TIMEOUT_S)
-        with rx.recv(timeout=TIMEOUT_S) as frame:
-            assert frame.array.tobytes() == picture(seed).tobytes()
-    tx.flush(timeout=TIMEOUT_S)
-
-
 @pytest.mark.parametrize("bound", [rdmaxfer.Sender, rdmaxfer.Receiver])
 def test_frames_between_friends(bound: Any, keys: Path) -> None:
     joining = rdmaxfer.Receiver if bound is rdmaxfer.Sender else rdmaxfer.Sender
     with bound(**own(keys, "bound"), allowed_keys=keys / "allowed") as here, joining(**own(keys, "friend")) as there:
         there.connect(here.bind("tcp://127.0.0.1:*"), timeout=TIMEOUT_S, peer_key=keys / "bound.key")
         tx, rx = (here, there) if bound is rdmaxfer.Sender else (there, here)
-        check(tx, rx)
+        check_frames(tx, rx)
         assert here.statistics().turned_away == 0
 
 
@@ -60,7 +53,7 @@ def stream(keys: Path) -> Iterator[tuple[rdmaxfer.Sender, rdmaxfer.Receiver, str
     ):
         endpoint = rx.bind("tcp://127.0.0.1:*")
         tx.connect(endpoint, timeout=TIMEOUT_S, peer_key=keys / "bound.key")
-        check(tx, rx)
+        check_frames(tx, rx)
         yield tx, rx, endpoint
 
 
@@ -84,7 +77,7 @@ def test_who_is_not_let_in_hears_why_and_leaves_nothing(
             assert time.monotonic() - began < 15
             assert caught.value.code == "curve"
             wait_until(lambda want=turn + 1: rx.statistics().turned_away >= want, "it was counted")
-            check(tx, rx)
+            check_frames(tx, rx)
         assert rx.statistics().peers == 1
         other.close()
         assert resources() == before
@@ -138,17 +131,20 @@ def test_keys_on_the_command_line(tmp_path: Path) -> None:
         assert done.returncode == options.get("code", 0), done.stderr
         return done.stdout + done.stderr
 
+    with socket.socket() as probe:  # a port that is free now
+        probe.bind(("127.0.0.1", 0))
+        endpoint = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
     for name in ("receiver", "camera"):
         assert f"{name}.key is for everybody" in rdmaxfer_says("keygen", name)
     assert "choose another name" in rdmaxfer_says("keygen", "camera", code=2)
     (tmp_path / "allowed").mkdir()
     (tmp_path / "camera.key").rename(tmp_path / "allowed" / "camera.key")
     np.save(tmp_path / "picture.npy", picture(1))
-    recv = [sys.executable, "-m", "rdmaxfer", "recv", "tcp://127.0.0.1:7479", "--secret-key", "receiver.key_secret"]
+    recv = [sys.executable, "-m", "rdmaxfer", "recv", endpoint, "--secret-key", "receiver.key_secret"]
     recv += ["--allowed-keys", "allowed", "--verify", "--count", "1"]
     receiver = subprocess.Popen(recv, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        to = ("send", "tcp://127.0.0.1:7479", "picture.npy", "--timeout", "30")
+        to = ("send", endpoint, "picture.npy", "--timeout", "30")
         assert "wants a CURVE key" in rdmaxfer_says(*to, code=4)
         rdmaxfer_says(*to, "--secret-key", "camera.key_secret", "--peer-key", "receiver.key")
         out, _ = receiver.communicate(timeout=TIMEOUT_S)

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from rdmaxfer.cm.messages import MAX_QUEUE_PAIRS
 from rdmaxfer.errors import ClosedError, NoDevice, VerbsError, VerbsUnavailable
 from rdmaxfer.fabric import bridge, native
 from rdmaxfer.fabric.devices import Route
@@ -217,7 +218,11 @@ def test_a_lane_that_there_is_not_is_refused(make_pair: Any) -> None:
             call()
 
 
-@pytest.mark.parametrize("lanes", [0, 9])
+def test_the_protocol_and_the_native_core_know_the_same_limit() -> None:
+    assert native.extension().lib.RX_MAX_LANES == MAX_QUEUE_PAIRS
+
+
+@pytest.mark.parametrize("lanes", [0, MAX_QUEUE_PAIRS + 1])
 def test_how_many_lanes_there_can_be(route: Route, lanes: int) -> None:
     with Domain(route) as domain, domain.protection_domain() as pd, pytest.raises(VerbsError, match="EINVAL"):
         Endpoint(pd, route, send_depth=8, recv_depth=8, lanes=lanes, remote_write=False)

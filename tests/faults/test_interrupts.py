@@ -189,6 +189,34 @@ def test_ctrl_c_in_flush() -> None:
         tx.flush(timeout=TIMEOUT_S)
 
 
+@pytest.mark.parametrize("lane", [0, 1])
+@pytest.mark.parametrize("verb", ["write_imm", "write_empty"])
+def test_ctrl_c_just_before_an_empty_write_is_posted(verb: str, lane: int) -> None:
+    with pair(receiver={"slots": 4}, sender={"slots": 4}) as (tx, rx):
+        (link,) = tx._links
+        posted: list[int] = []
+
+        def interrupted(*arguments: Any) -> None:
+            if arguments[-1] == lane:
+                raise KeyboardInterrupt
+            posted.append(arguments[-1])
+            getattr(type(link.endpoint), verb)(link.endpoint, *arguments)
+
+        if verb == "write_empty":  # has to have something to fence
+            with tx._lock:
+                link._half = 1 << 20
+        for n in range(2):
+            tx.push(np.array([n]), timeout=TIMEOUT_S)
+            assert value(rx) == (n, n)
+        setattr(link.endpoint, verb, interrupted)
+        with tx._lock, pytest.raises(KeyboardInterrupt):
+            link.ask_credit() if verb == "write_imm" else link.fence()
+        delattr(link.endpoint, verb)
+        assert posted == list(range(lane))
+        began = time.monotonic()
+    assert time.monotonic() - began < 5, "close waited for a completion that nothing would bring"
+
+
 def test_ctrl_c_in_a_reserved_block() -> None:
     with pair(receiver={"slots": 4}, sender={"slots": 4}) as (tx, rx):
         count = 0

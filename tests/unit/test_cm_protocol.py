@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from cm_fakes import VERBS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,16 +32,6 @@ from rdmaxfer.errors import (
 LEASE_S = 6.0
 HANDSHAKE_S = 5.0
 RETRY_S = 0.5
-
-VERBS = m.VerbsAddress(
-    device="rxe0",
-    gid=bytes(16),
-    lid=0,
-    queue_pairs=(m.QueuePair(qp_num=1, psn=2),),
-    link_layer="ethernet",
-    active_mtu=1024,
-    max_msg_sz=1 << 23,
-)
 
 
 def make_ring(epoch: int = 0, slot_bytes: int = 4096) -> m.RingAddress:
