@@ -179,8 +179,8 @@ class RecvLink(Link):
             self._take_arrivals()
             # Receives that frames took are posted again along with their credit; those of other messages have none to wait for.
             if self._repost_due and self.live:
-                self._repost_due = False
                 self._repost()
+                self._repost_due = False
         except RdmaxferError as error:
             self._drop(error)
 
@@ -188,8 +188,11 @@ class RecvLink(Link):
         for lane, consumed in enumerate(self._consumed):
             due = consumed - self._reposted[lane]
             if due:
-                self._reposted[lane] = consumed
-                self.endpoint.repost_recv([0] * due, lane)
+                self.endpoint.clear_reposted()
+                try:
+                    self.endpoint.repost_recv([0] * due, lane)
+                finally:  # also after Ctrl-C: as many as are posted, neither more nor fewer
+                    self._reposted[lane] += self.endpoint.last_reposted
 
     def _take_arrivals(self) -> None:
         """Make frames of what has arrived, as far as there is no gap."""

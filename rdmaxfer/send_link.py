@@ -293,11 +293,13 @@ class SendLink(Link):
 
     def after_poll(self) -> None:
         if self._recvs_due and self.live:
-            due, self._recvs_due = self._recvs_due, []
+            self.endpoint.clear_reposted()
             try:
-                self.endpoint.repost_recv(due)
+                self.endpoint.repost_recv(self._recvs_due)
             except DeviceError as error:
                 self.fail(error)
+            finally:  # also after Ctrl-C: what is posted is not due any more
+                self._recvs_due = self._recvs_due[self.endpoint.last_reposted :]
 
     def teardown(self, timeout_s: float) -> None:
         super().teardown(timeout_s)

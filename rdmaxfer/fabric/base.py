@@ -67,6 +67,13 @@ class Endpoint(Protocol):
     def repost_recv(self, wr_ids: Iterable[int], lane: int = 0) -> None:
         """Make receives available again whose completion was handled."""
 
+    def clear_reposted(self) -> None:
+        """Begin to count `last_reposted`."""
+
+    @property
+    def last_reposted(self) -> int:
+        """Receives made available since then, whatever interrupted the call."""
+
     def recv_payload(self, wr_id: int, nbytes: int) -> bytes:
         """A copy of the message that a receive took."""
 

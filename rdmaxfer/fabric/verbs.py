@@ -432,6 +432,15 @@ class Endpoint(Owner):
         """Work requests that the device took since `clear_posted`: kept in C, so it holds also if Ctrl-C hid it."""
         return int(self._posted[0])
 
+    def clear_reposted(self) -> None:
+        """Forget what `last_reposted` says."""
+        self._recv_posted[0] = 0
+
+    @property
+    def last_reposted(self) -> int:
+        """Receives that the device took since `clear_reposted`: kept in C, so it holds also if Ctrl-C hid it."""
+        return int(self._recv_posted[0])
+
     def repost_recv(self, wr_ids: Iterable[int], lane: int = 0) -> None:
         """Post receives (again), with one doorbell for each 64."""
         n = 0

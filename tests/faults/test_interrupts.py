@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -215,6 +216,45 @@ def test_ctrl_c_just_before_an_empty_write_is_posted(verb: str, lane: int) -> No
         assert posted == list(range(lane))
         began = time.monotonic()
     assert time.monotonic() - began < 5, "close waited for a completion that nothing would bring"
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("side", ["sender", "receiver"])
+def test_ctrl_c_around_posting_receives_neither_loses_nor_doubles_one(side: str, when: str) -> None:
+    with pair(receiver={"slots": 4}, sender={"slots": 4}) as (tx, rx):
+        (link,) = (tx if side == "sender" else rx)._links
+        endpoint = link.endpoint
+        posted_at_first = endpoint._lib.rx_ep_receives(endpoint._ep)
+        original = endpoint.repost_recv
+        interruptions: list[str] = []
+
+        def interrupted(*arguments: Any) -> None:
+            here = threading.current_thread() is threading.main_thread()  # the only one that Ctrl-C interrupts
+            if when == "after" or not here:
+                original(*arguments)
+            if here:
+                interruptions.append(when)
+                raise KeyboardInterrupt
+
+        for n in range(10):
+            endpoint.repost_recv = interrupted
+            with contextlib.suppress(KeyboardInterrupt):
+                for _ in range(2):  # half of the ring: credit is due when the second one is released
+                    tx.push(np.array([n]), timeout=TIMEOUT_S)
+                for _ in range(2):
+                    rx.recv(timeout=TIMEOUT_S).release()
+                tx.flush(timeout=TIMEOUT_S)
+            endpoint.repost_recv = original
+            with contextlib.suppress(rdmaxfer.TimeoutExpired):
+                while True:
+                    rx.recv(timeout=0.01).release()
+            tx.flush(timeout=TIMEOUT_S)
+        assert interruptions, "nothing was interrupted"
+        with tx._lock, rx._lock:
+            link.after_poll()
+            if side == "receiver":
+                link._repost()
+        assert endpoint._lib.rx_ep_receives(endpoint._ep) == posted_at_first
 
 
 def test_ctrl_c_in_a_reserved_block() -> None:
