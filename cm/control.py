@@ -22,7 +22,7 @@ from rdmaxfer.cm.connection import CALL_TIMEOUT_S, SLICE_S, BoundServer, Connect
 from rdmaxfer.cm.curve import Curve
 from rdmaxfer.cm.gate import Gate
 from rdmaxfer.cm.latch import Call
-from rdmaxfer.cm.messages import Hello
+from rdmaxfer.cm.messages import Hello, RefuseCode
 from rdmaxfer.cm.protocol import ClientHandler, ServerHandler
 from rdmaxfer.cm.server import ServerChannel
 from rdmaxfer.errors import ClosedError, ForkedError, LocalProtocolError, RdmaxferError, TimeoutExpired
@@ -167,9 +167,9 @@ class Control:
 
         return self.call(watch)
 
-    def end(self, session_id: bytes, reason: str) -> Call[bool]:
+    def end(self, session_id: bytes, reason: str, code: RefuseCode = RefuseCode.CLOSING) -> Call[bool]:
         """End a session of a bound endpoint; `gone` is called. The result tells whether there was one."""
-        return self.call(lambda: any(channel.sessions.end(session_id, reason) for channel in self._servers))
+        return self.call(lambda: any(channel.sessions.end(session_id, reason, code) for channel in self._servers))
 
     def call(self, fn: Callable[[], T]) -> Call[T]:
         """Run `fn` on the control thread; what it returns or raises is kept for who asks. Raises ClosedError, ForkedError, or

@@ -27,6 +27,7 @@ PREFIX_BYTES = 8
 MAX_MESSAGE_BYTES = 65536
 
 SESSION_BYTES = 16
+NODE_BYTES = 16
 NO_SESSION = bytes(SESSION_BYTES)
 """The session of a refusal that answers something whose session could not be read."""
 
@@ -51,6 +52,8 @@ _Name: TypeAlias = Annotated[str, Meta(max_length=MAX_NAME_CHARS)]
 _U16: TypeAlias = Annotated[int, Meta(ge=0, le=(1 << 16) - 1)]
 _U24: TypeAlias = Annotated[int, Meta(ge=0, le=(1 << 24) - 1)]
 _U32: TypeAlias = Annotated[int, Meta(ge=0, le=(1 << 32) - 1)]
+_Id: TypeAlias = Annotated[bytes, Meta(min_length=NODE_BYTES, max_length=NODE_BYTES)]
+_Position: TypeAlias = Annotated[int, Meta(ge=0, le=(1 << 53) - 1)]
 # msgpack has no integers above 64 bits, and msgspec no bounds above 63.
 _U64: TypeAlias = Annotated[int, Meta(ge=0)]
 _Slots: TypeAlias = Annotated[int, Meta(ge=1, le=MAX_SLOTS)]
@@ -73,6 +76,7 @@ class RefuseCode(str, enum.Enum):
     MALFORMED = "malformed"
     BUSY = "busy"
     CLOSING = "closing"
+    REPLACED = "replaced"
     INTERNAL = "internal"
 
 
@@ -113,15 +117,30 @@ class RingAddress(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     epoch: _U32
 
 
+class Progress(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How far a stream is: frames that the receiver has released and received, without a gap from its beginning."""
+
+    released: _Position
+    received: _Position
+
+
 class _Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type"):
     session: SessionId
     request: _Request
 
 
 class Hello(_Message, frozen=True, tag="hello"):
-    """The connecting side asks for a connection. `slots` and `slot_bytes` are wishes, `slot_bytes` 0 is none."""
+    """The connecting side asks for a connection. `slots` and `slot_bytes` are wishes, `slot_bytes` 0 is none.
+
+    `node` stands for the object that asks, `stream` for the frames between it and its peer, over however many connections. A
+    receiver with an `identity` is the successor of any other with the same one. `resume` is there when `stream` is to go on: a
+    receiver says what it has, a sender from where it kept frames (`released`) and what it has written (`received`)."""
 
     role: Role
+    node: _Id
+    stream: _Id
+    identity: _Name
+    resume: Progress | None
     fabrics: Annotated[tuple[Fabric, ...], Meta(min_length=1, max_length=MAX_FABRICS)]
     slots: _Slots
     slot_bytes: _SlotWish
@@ -131,9 +150,12 @@ class Hello(_Message, frozen=True, tag="hello"):
 
 
 class Accept(_Message, frozen=True, tag="accept"):
-    """The bound side agrees. `ring` is there if and only if it is the receiver; `reason` says why this fabric."""
+    """The bound side agrees. `ring` is there if and only if it is the receiver; `reason` says why this fabric. `start`: from where
+    both go on, zeros for a new stream."""
 
     role: Role
+    node: _Id
+    start: Progress
     fabric: Fabric
     reason: _Text
     path_mtu: int
@@ -310,10 +332,13 @@ def _check(message: Message) -> None:
         case Hello():
             for fabric in message.fabrics:
                 _check_fabric(fabric)
+            if message.resume is not None:
+                _check_progress(message.resume)
             if message.slot_bytes > message.max_slot_bytes:
                 raise ValueError("slot_bytes is above max_slot_bytes")
         case Accept():
             _check_fabric(message.fabric)
+            _check_progress(message.start)
             _check_mtu("path_mtu", message.path_mtu)
             if message.path_mtu > message.fabric.active_mtu:
                 raise ValueError("path_mtu is above the acceptor's own active_mtu")
@@ -336,6 +361,11 @@ def _check_fabric(fabric: Fabric) -> None:
     _check_mtu("active_mtu", fabric.active_mtu)
     if len({each.qp_num for each in fabric.queue_pairs}) < len(fabric.queue_pairs):
         raise ValueError("queue_pairs has one of them twice")
+
+
+def _check_progress(progress: Progress) -> None:
+    if progress.released > progress.received:
+        raise ValueError("more frames are said to be released than received")
 
 
 def _check_mtu(name: str, value: int) -> None:

@@ -181,12 +181,12 @@ class ServerSessions:
         """When `on_tick` has something to do; None if there is nothing to wait for."""
         return min((session.deadline_s for session in self._sessions.values()), default=None)
 
-    def end(self, session_id: bytes, reason: str) -> bool:
-        """This side leaves a session. False if there is no such one, or it had ended."""
+    def end(self, session_id: bytes, reason: str, code: RefuseCode = RefuseCode.CLOSING) -> bool:
+        """This side leaves a session; `code` says so to a peer that still asks. False if there is no such one, or it had ended."""
         session = self._sessions.get(session_id)
         if session is None:
             return False
-        self._end(session, reason, graceful=True, code=RefuseCode.CLOSING)
+        self._end(session, reason, graceful=True, code=code)
         return True
 
     def close(self, reason: str) -> None:

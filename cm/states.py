@@ -118,6 +118,6 @@ FORGOTTEN: Final = frozenset({RefuseCode.UNKNOWN_SESSION, RefuseCode.CLOSING})
 """Refusals that say: this session is over, there is no need for BYE."""
 
 FATAL_TO_RESIZE: Final = frozenset(
-    {RefuseCode.VERSION, RefuseCode.ROLE, RefuseCode.MALFORMED, RefuseCode.INTERNAL} | FORGOTTEN
+    {RefuseCode.VERSION, RefuseCode.ROLE, RefuseCode.MALFORMED, RefuseCode.INTERNAL, RefuseCode.REPLACED} | FORGOTTEN
 )
 """Refusals of RESIZE that end the session; after any other it goes on with the ring it has."""

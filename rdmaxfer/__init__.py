@@ -50,9 +50,10 @@ from rdmaxfer.errors import (
     VerbsError,
     VerbsUnavailable,
 )
-from rdmaxfer.lease import Frame, Slot
+from rdmaxfer.lease import Frame, Gap, Slot
 from rdmaxfer.node import StateChange
 from rdmaxfer.receiver import Receiver, ReceiverStatistics
+from rdmaxfer.send_stream import Dropped
 from rdmaxfer.sender import Sender, SenderStatistics
 from rdmaxfer.staging import Registration
 
@@ -64,6 +65,7 @@ __all__ = [
     "CurveError",
     "DeviceError",
     "DeviceLost",
+    "Dropped",
     "EndOfStream",
     "EndpointError",
     "ForkedError",
@@ -71,6 +73,7 @@ __all__ = [
     "FrameError",
     "FrameReleased",
     "FrameTooLarge",
+    "Gap",
     "LocalProtocolError",
     "MemlockError",
     "NoDevice",

@@ -5,12 +5,14 @@ one contiguous WRITE carries both. Little-endian:
 
       0  4  magic               16  4  epoch of the ring          48  8  captured_ns (signed; 0: unknown)
       4  1  version             20  4  slot                       56  8  pushed_ns (signed)
-      5  1  ndim                24  8  seq, of the stream         64     shape: ndim x 8
-      6  2  flags, 0            32  8  position, on this link            dtype
+      5  1  ndim                24  8  seq, of the sender         64     shape: ndim x 8
+      6  2  gap                 32  8  position, on this link            dtype
       8  2  header_bytes        40  8  payload_bytes                     metadata: a msgpack map, or nothing
      10  2  bytes of dtype                                               zeros up to header_bytes
      12  2  bytes of metadata
      14  2  reserved, 0
+
+`gap` says why numbers are missing since the frame before this one: a sum of GAP_REASONS, 0 where none is.
 
 The payload is the array in C order. The dtype is numpy's `dtype.str` (`<f4`, `|u1`, `>M8[25us]`) or, for a structure,
 msgpack:
@@ -49,6 +51,9 @@ if TYPE_CHECKING:
 
     AnyDType = np.dtype[Any]
 
+GAP_REASONS: Final = {1: "when_full", 2: "elsewhere", 4: "too_large"}
+"""Dropped by the connection's `when_full`; sent to another receiver (`distribute="balance"`); above what the receiver takes."""
+
 HEADER_ROOM: Final = 8192
 HEADER_UNIT: Final = 64
 MAGIC: Final = b"RXFR"
@@ -62,15 +67,16 @@ MAX_METADATA_BYTES: Final = 4096
 MAX_METADATA_DEPTH: Final = 32
 MAX_PAYLOAD_BYTES: Final = 0xFF_FFFF * 4096  # the most that an in-band RESIZE_WANTED can ask for
 
-_PREFIX = struct.Struct("<4sBBH")
-_FIXED_FORMAT = "HHHHIIQQQqq"
-_FIXED = struct.Struct("<4sBBH" + _FIXED_FORMAT)
+_PREFIX = struct.Struct("<4sBB")
+_FIXED_FORMAT = "HHHHHIIQQQqq"
+_FIXED = struct.Struct("<4sBB" + _FIXED_FORMAT)
 _SHAPES = [struct.Struct(f"<{ndim}Q") for ndim in range(MAX_DIMS + 1)]
 # By length in units: a whole block in one pack_into. "s" fills up with zeros.
 _BLOCKS = [
-    struct.Struct(f"<8s{_FIXED_FORMAT}{(units - 1) * HEADER_UNIT}s") if units else _FIXED
+    struct.Struct(f"<6s{_FIXED_FORMAT}{(units - 1) * HEADER_UNIT}s") if units else _FIXED
     for units in range(HEADER_ROOM // HEADER_UNIT + 1)
 ]
+_ALL_REASONS = sum(GAP_REASONS)
 _ZEROS = [bytes(count) for count in range(HEADER_UNIT)]
 
 _SIMPLE: Final[dict[str, AnyDType]] = {
@@ -243,7 +249,7 @@ class FrameType:
         self.shape = shape
         self.dtype = dtype
         self.payload_bytes = payload_bytes
-        self._prefix = _PREFIX.pack(MAGIC, VERSION, len(shape), 0)
+        self._prefix = _PREFIX.pack(MAGIC, VERSION, len(shape))
         self._dtype_bytes = len(dtype_data)
         self._tail = _SHAPES[len(shape)].pack(*shape) + dtype_data
         self._bytes_before_metadata = _FIXED.size + len(self._tail)
@@ -266,6 +272,7 @@ class FrameType:
         position: int,
         captured_ns: int = 0,
         pushed_ns: int = 0,
+        gap: int = 0,
         metadata: bytes = b"",
     ) -> int:
         """Write the header so that it ends at the offset `end` of `buffer`; returns its length.
@@ -283,6 +290,7 @@ class FrameType:
                 buffer,
                 start,
                 self._prefix,
+                gap,
                 header_bytes,
                 self._dtype_bytes,
                 metadata_bytes,
@@ -380,6 +388,7 @@ class FrameHeader(NamedTuple):
     pushed_ns: int
     metadata: bytes
     header_bytes: int
+    gap: int
 
 
 def unpack(
@@ -402,7 +411,7 @@ def unpack(
         magic,
         version,
         ndim,
-        flags,
+        gap,
         header_bytes,
         dtype_bytes,
         metadata_bytes,
@@ -424,8 +433,8 @@ def unpack(
             f"expected frame {position} in slot {slot} of ring {epoch}, "
             f"and found the header of frame {its_position} in slot {its_slot} of ring {its_epoch}"
         )
-    if flags or reserved:
-        raise RemoteProtocolError(f"a reserved field of a frame header is not 0 (flags {flags:#x}, {reserved:#x})")
+    if gap & ~_ALL_REASONS or reserved:
+        raise RemoteProtocolError(f"a reserved field of a frame header is not 0 (gap {gap:#x}, {reserved:#x})")
     if ndim > MAX_DIMS or dtype_bytes > MAX_DTYPE_BYTES or metadata_bytes > MAX_METADATA_BYTES:
         raise RemoteProtocolError(
             f"a frame header is above its limits: {ndim} dimensions, dtype of {dtype_bytes} bytes, "
@@ -459,6 +468,7 @@ def unpack(
         pushed_ns,
         block[metadata_at:used],
         header_bytes,
+        gap,
     )
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import secrets
-from typing import TYPE_CHECKING, Generic, TypeVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
 from rdmaxfer.cm import messages
 from rdmaxfer.cm.messages import Accept, Hello, Ready, Refuse, RefuseCode, Resize, Resized, RingAddress, Started
@@ -16,6 +17,7 @@ from rdmaxfer.errors import ClosedError, DeviceError, NoDevice, PeerLost, Rdmaxf
 from rdmaxfer.fabric.devices import ETHERNET
 from rdmaxfer.fabric.route import gid_to_ip
 from rdmaxfer.link import Link, LinkState
+from rdmaxfer.stream import Origin, Stream
 
 if TYPE_CHECKING:
     from rdmaxfer.fabric.verbs import Endpoint
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("rdmaxfer")
 
 L = TypeVar("L", bound=Link)
+S = TypeVar("S", bound=Stream[Any])
+
+NewStream: TypeAlias = Callable[["bytes", "Origin | None"], S]
 
 
 def verbs_address(endpoint: Endpoint) -> messages.VerbsAddress:
@@ -57,11 +62,13 @@ def refused_for_fabric(hello: Hello, error: DeviceError) -> Refuse:
     return refusal(hello, RefuseCode.FABRIC, DeviceError(f"the peer can't take part: {text}", fix=fix))
 
 
-class Acceptor(Generic[L]):
-    """Answers the peers of one bound endpoint (`rdmaxfer.cm.protocol.ServerHandler`)."""
+class Acceptor(Generic[L, S]):
+    """Answers the peers of one bound endpoint (`rdmaxfer.cm.protocol.ServerHandler`). `new_stream` makes what belongs to a new
+    peer."""
 
-    def __init__(self, node: Node[L]) -> None:
+    def __init__(self, node: Node[L, S], new_stream: NewStream[S]) -> None:
         self._node = node
+        self._new_stream = new_stream
         self._links: dict[bytes, L] = {}
 
     def hello(self, hello: Hello, peer: str) -> Accept | Refuse:
@@ -84,7 +91,9 @@ class Acceptor(Generic[L]):
                     f"{theirs.link_layer}.",
                     fix="choose devices on the same network with device=...",
                 )
-            link = node.open_link(hello.session, hello.name, route, queue_pairs=len(theirs.queue_pairs))
+            stream, start = node.stream_of(hello, self._new_stream)
+            link = node.open_link(hello.session, stream, route, queue_pairs=len(theirs.queue_pairs))
+            link.peer = hello.name
         except DeviceError as error:
             return refused_for_fabric(hello, error)
         except ClosedError:
@@ -95,17 +104,21 @@ class Acceptor(Generic[L]):
             path_mtu = min(mine.active_mtu, theirs.active_mtu)
             max_msg_sz = min(mine.max_msg_sz, theirs.max_msg_sz)
             node.prepare_link(link, theirs, path_mtu=path_mtu, max_msg_sz=max_msg_sz, max_slot_bytes=max_slot_bytes)
-            ring = node.make_ring(link, slots, slot_bytes)
+            ring = node.make_ring(link, slots, slot_bytes, start)
         except BaseException as error:
             node.retire(link)
             if isinstance(error, DeviceError):
                 return refused_for_fabric(hello, error)
+            if isinstance(error, RemoteProtocolError):
+                return refusal(hello, RefuseCode.MALFORMED, error)
             raise
         self._links[hello.session] = link
         return Accept(
             session=hello.session,
             request=hello.request,
             role=node.role,
+            node=node.id,
+            start=start,
             fabric=mine,
             reason=route.reason[:1024],
             path_mtu=path_mtu,
@@ -155,13 +168,14 @@ class Acceptor(Generic[L]):
         log.error("a handshake failed by a mistake in rdmaxfer", exc_info=error)
 
 
-class Connector(Generic[L]):
-    """Drives one `connect` (`rdmaxfer.cm.protocol.ClientHandler`)."""
+class Connector(Generic[L, S]):
+    """Drives one attempt to connect `stream` (`rdmaxfer.cm.protocol.ClientHandler`)."""
 
     hello: Hello
 
-    def __init__(self, node: Node[L]) -> None:
+    def __init__(self, node: Node[L, S], stream: S) -> None:
         self._node = node
+        self._stream = stream
         self.session = secrets.token_bytes(16)
         self.link: L | None = None
         self._error: RdmaxferError | None = None
@@ -170,14 +184,17 @@ class Connector(Generic[L]):
     def prepare(self, host: str) -> None:
         """Make the queue pairs, on the caller's thread. Raises NoDevice, VerbsUnavailable, VerbsError."""
         node = self._node
-        link = node.open_link(self.session, host, node.route(host))
-        link.chosen_here = True
+        link = node.open_link(self.session, self._stream, node.route(host))
         self.link = link
         slots, slot_bytes, max_slot_bytes = node.wishes()
         self.hello = Hello(
             session=self.session,
             request=1,
             role=node.role,
+            node=node.id,
+            stream=self._stream.id,
+            identity=node.identity,
+            resume=node.progress(self._stream),
             fabrics=(verbs_address(link.endpoint),),
             slots=slots,
             slot_bytes=slot_bytes,
@@ -211,6 +228,7 @@ class Connector(Generic[L]):
         if accept.path_mtu > min(mine.active_mtu, accept.fabric.active_mtu) or accept.max_msg_sz > mine.max_msg_sz:
             raise RemoteProtocolError("the peer chose a larger path MTU or message size than this side has")
         node.check_agreed(accept)
+        node.check_start(link, self.hello.resume, accept)
         link.peer = accept.name
         node.prepare_link(
             link,
@@ -219,7 +237,7 @@ class Connector(Generic[L]):
             max_msg_sz=accept.max_msg_sz,
             max_slot_bytes=accept.max_slot_bytes,
         )
-        ring = node.make_ring(link, accept.slots, accept.slot_bytes)
+        ring = node.make_ring(link, accept.slots, accept.slot_bytes, accept.start)
         node.use_ring(link, accept.ring)
         return ring
 

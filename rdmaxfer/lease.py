@@ -6,6 +6,7 @@ array is gone. A view kept after an explicit release points to memory that is st
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -19,9 +20,28 @@ from rdmaxfer.frame import FrameHeader, decode_metadata
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from rdmaxfer.recv_link import RecvLink
+    from rdmaxfer.recv_stream import RecvStream
     from rdmaxfer.sender import Sender
     from rdmaxfer.staging import Holder, StagingSlot
+
+
+@dataclasses.dataclass(frozen=True)
+class Gap:
+    """Numbers that are missing between two frames of a sender: `first_seq` to `last_seq`, both included.
+
+    `reasons`, one or several: "when_full" (dropped by that connection's policy), "elsewhere" (sent to another receiver, with
+    `distribute="balance"`), "too_large" (above this receiver's limit), "not_connected" (pushed while there was no connection with
+    this receiver, and not kept for it).
+    """
+
+    first_seq: int
+    last_seq: int
+    reasons: tuple[str, ...]
+
+    @property
+    def count(self) -> int:
+        """How many numbers are missing."""
+        return self.last_seq - self.first_seq + 1
 
 
 class Frame:
@@ -31,14 +51,23 @@ class Frame:
     `release()`, or drop it and all views of its array) to give the slot back to the sender. Copy what you want to keep.
     """
 
-    __slots__ = ("__weakref__", "_array", "_end", "_header", "_metadata", "peer")
+    __slots__ = ("__weakref__", "_array", "_end", "_header", "_metadata", "gap", "peer")
 
-    def __init__(self, header: FrameHeader, array: np.ndarray[Any, Any], peer: str, end: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        header: FrameHeader,
+        array: np.ndarray[Any, Any],
+        peer: str,
+        gap: Gap | None,
+        end: Callable[[], None],
+    ) -> None:
         self._header = header
         self._array: np.ndarray[Any, Any] | None = array
         self._metadata: dict[str, Any] | None = None
         self.peer = peer
         """Who sent it: host/pid of the sender, as it calls itself."""
+        self.gap = gap
+        """What is missing right before this frame, and why; None if nothing is."""
         self._end = end
 
     def __repr__(self) -> str:
@@ -99,7 +128,8 @@ class Frame:
         This frame is still to be released. Raises FrameReleased.
         """
         array = self.array
-        return Frame(self._header, np.ndarray(array.shape, array.dtype, array.tobytes()), self.peer, _nothing)
+        kept = np.ndarray(array.shape, array.dtype, array.tobytes())
+        return Frame(self._header, kept, self.peer, self.gap, _nothing)
 
     def release(self) -> None:
         """Give the slot back to the sender. Doing it twice is harmless."""
@@ -121,29 +151,31 @@ def _nothing() -> None:
 class FrameLease:
     """The bookkeeping behind a Frame: ends exactly once, by release, by garbage collection or by the receiver's close."""
 
-    __slots__ = ("_frame", "_link", "_watch", "position")
+    __slots__ = ("_frame", "_stream", "_watch", "position")
 
-    def __init__(self, link: RecvLink, position: int) -> None:
-        self._link = link
+    def __init__(self, stream: RecvStream, position: int) -> None:
+        self._stream = stream
         self.position = position
         self._frame: weakref.ref[Frame] | None = None
         self._watch: weakref.ref[Any] | None = None
 
-    def issue(self, header: FrameHeader, array: np.ndarray[Any, Any], base: np.ndarray[Any, Any]) -> Frame:
+    def issue(
+        self, header: FrameHeader, array: np.ndarray[Any, Any], base: np.ndarray[Any, Any], gap: Gap | None
+    ) -> Frame:
         """`base`: what `array` and every view of it hold on to, and nobody else does."""
-        frame = Frame(header, array, self._link.peer, self._released)
+        frame = Frame(header, array, self._stream.peer, gap, self._released)
         self._frame = weakref.ref(frame)
         self._watch = weakref.ref(base, self._collected)
         return frame
 
     def _released(self) -> None:
-        self._link.release(self)
+        self._stream.release(self)
         self._watch = None
 
     def _collected(self, _: object) -> None:
         # May run in any thread, at any bytecode, even with the receiver's lock held: leave a note, take no lock.
         self._watch = None
-        self._link.abandoned.append(self)
+        self._stream.abandoned.append(self)
 
     def revoke(self) -> None:
         """The receiver is closing: `frame.array` is an error from now on. The memory stays as long as views of it."""
@@ -172,7 +204,7 @@ class Slot:
     ) -> None:
         self._sender = sender
         self._staging: StagingSlot | None = staging
-        self._holder = holder  # a slot that is forgotten takes it along, and so its memory is free again
+        self._holder: Holder | None = holder  # a slot that is forgotten takes it along, and so its memory is free again
         self._array = array
         self._timeout = timeout
         self.metadata = metadata
@@ -204,10 +236,15 @@ class Slot:
 
     def commit(self) -> int:
         """Push the frame; returns its sequence number. Raises as `Sender.push` does; after TimeoutExpired it may be tried again."""
-        if self._staging is None:
+        if self._staging is None or self._holder is None:
             raise FrameReleased("this slot was already committed or discarded.", fix="reserve another slot.")
         self.seq = self._sender._push_staged(
-            self._staging, self._array, metadata=self.metadata, captured_ns=self.captured_ns, timeout=self._timeout
+            self._staging,
+            self._holder,
+            self._array,
+            metadata=self.metadata,
+            captured_ns=self.captured_ns,
+            timeout=self._timeout,
         )
         self._staging = None
         return self.seq
@@ -215,8 +252,8 @@ class Slot:
     def discard(self) -> None:
         """Give the memory back without pushing. Harmless after a commit."""
         staging, self._staging = self._staging, None
-        if staging is not None:
-            self._sender._discard_staged(staging)
+        if staging is not None and self._holder is not None:
+            self._sender._discard_staged(staging, self._holder)
 
     def __enter__(self) -> Self:
         return self
@@ -235,4 +272,4 @@ class Slot:
             self.discard()
 
 
-__all__ = ["Frame", "FrameLease", "Slot"]
+__all__ = ["Frame", "FrameLease", "Gap", "Slot"]

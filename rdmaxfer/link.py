@@ -13,7 +13,7 @@ import enum
 import logging
 import threading
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rdmaxfer.errors import PeerLost, RdmaxferError, RemoteProtocolError
 
@@ -59,6 +59,9 @@ class Completion(Protocol):
 class Link:
     """What both directions share."""
 
+    stream: Any
+    """The Stream whose frames it moves, which outlives its links."""
+
     def __init__(self, session: bytes, peer: str, endpoint: Endpoint, owned: ExitStack) -> None:
         self.session = session
         self.peer = peer
@@ -67,8 +70,6 @@ class Link:
         self.error: RdmaxferError | None = None
         self.reason = ""
         """Why this fabric, device and GID were chosen."""
-        self.chosen_here = False
-        """Whether this side asked for the connection (`connect`), rather than waited for it (`bind`)."""
         self.torn_down = False
         self.work: threading.Thread | None = None
         """Registers memory for this link beside the control thread; to be waited for before the end."""

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import logging
 import os
+import secrets
 import socket
 import warnings
 import weakref
@@ -27,10 +28,13 @@ from rdmaxfer.errors import (
     NotConnected,
     PeerLost,
     RdmaxferError,
+    RemoteProtocolError,
     VerbsError,
 )
-from rdmaxfer.handshake import Acceptor, Connector
+from rdmaxfer.handshake import Acceptor, Connector, NewStream
 from rdmaxfer.link import Link, LinkState
+from rdmaxfer.reconnecting import Reconnecting
+from rdmaxfer.stream import Origin, Stream
 from rdmaxfer.waiting import Deadline, Waiter
 
 if TYPE_CHECKING:
@@ -48,6 +52,8 @@ CONNECT_GRACE_S = 5.0
 BYE_S = 1.0
 """How long to wait for the peer's answer to BYE."""
 
+MAX_RECONNECT_S = 86400.0
+
 MAKING_S = 10.0
 """How long `close` waits for a `connect` or `bind` of another thread that is in the middle of making something."""
 
@@ -58,9 +64,9 @@ TEARDOWN_S = 1.0
 """How long a dying queue pair may take to give its work requests back."""
 
 L = TypeVar("L", bound=Link)
-T = TypeVar("T")
+S = TypeVar("S", bound=Stream[Any])
 
-_nodes: weakref.WeakSet[Node[Any]] = weakref.WeakSet()
+_nodes: weakref.WeakSet[Node[Any, Any]] = weakref.WeakSet()
 
 
 def _mark_forked() -> None:
@@ -87,19 +93,20 @@ if hasattr(os, "register_at_fork"):
 
 @dataclasses.dataclass(frozen=True)
 class StateChange:
-    """What `on_state` is told: a peer came or went."""
+    """What `on_state` is told: a peer came, went, or may come back."""
 
     peer: str
     """As it calls itself: host/pid. `Frame.peer` of its frames is the same."""
-    state: Literal["connected", "ended", "lost"]
-    """"ended" is a goodbye, "lost" the end of a connection without one, or with frames that were not released."""
+    state: Literal["connected", "reconnecting", "ended", "lost"]
+    """"reconnecting": the connection broke, and the next one is waited for. "ended" is a goodbye, "lost" the end without one, or
+    with frames that were not released."""
     error: PeerLost | None
-    """Why, if it was lost."""
+    """Why, if it is reconnecting or was lost."""
     reason: str
     """Why the device and its GID were chosen, once connected; else the error's text, or nothing."""
 
 
-class Node(Generic[L]):
+class Node(Generic[L, S]):
     """Base of Sender and Receiver; not made by users."""
 
     role: messages.Role
@@ -116,6 +123,8 @@ class Node(Generic[L]):
         max_peers: int,
         spin_s: float,
         lease_s: float,
+        reconnect: bool,
+        reconnect_s: float,
         secret_key: str | os.PathLike[str] | None,
         allowed_keys: str | os.PathLike[str] | None,
         on_state: Callable[[StateChange], object] | None,
@@ -132,6 +141,9 @@ class Node(Generic[L]):
             raise ValueError(f"lease_s is a number of seconds from 0.2 to {messages.MAX_LEASE_S:.0f}, not {lease_s!r}")
         if not 0 <= spin_s <= 1:
             raise ValueError(f"spin_s is a number of seconds from 0 to 1, not {spin_s!r}")
+        if not 0 <= reconnect_s <= MAX_RECONNECT_S:
+            raise ValueError(f"reconnect_s is a number of seconds from 0 to {MAX_RECONNECT_S:.0f}, not {reconnect_s!r}")
+        self._reconnect_s = reconnect_s if reconnect else 0.0
         self._on_state = on_state
         self._curve = _curve(secret_key, allowed_keys)
         self._device = device if device is not None else os.environ.get("RDMAXFER_DEVICE") or None
@@ -142,6 +154,9 @@ class Node(Generic[L]):
         self._queue_pairs = queue_pairs
         self._max_peers = max_peers
         self.lease_s = lease_s
+        self.id = secrets.token_bytes(messages.NODE_BYTES)
+        self.identity = ""
+        """What a successor of this side would be recognised by."""
         self.name = f"{socket.gethostname()}/{os.getpid()}"[:128]
 
         self._waiter: Waiter[L] = Waiter(spin_s, check=self._check_usable, ended=self._drop_ended)
@@ -149,6 +164,10 @@ class Node(Generic[L]):
         self._links = self._waiter.links
         self._wait = self._waiter.wait
         self._opening: dict[bytes, L] = {}
+        self._streams: dict[bytes, S] = {}
+        """What has been connected once and has not ended, by id: connected now, or waiting for the next connection."""
+        self._reconnecting: list[Reconnecting] = []
+        self._reconnects = 0
         self._domains: Domains[L] = Domains(lambda: [*self._links, *self._opening.values()])
         self._control: Control | None = None
         self._servers: list[BoundServer] = []
@@ -172,6 +191,9 @@ class Node(Generic[L]):
         Returns the endpoint with the port that was really bound (port 0 or * takes a free one). Raises EndpointError, and NoDevice
         or VerbsUnavailable if no peer could be served; CurveError if this side has a secret key, but no allowed keys.
         """
+        return self._bind(endpoint, self._new_stream)
+
+    def _bind(self, endpoint: str, new_stream: NewStream[S]) -> str:
         host = parse(endpoint, bind=True).host
         if self._curve is None:
             self._warn_if_open(endpoint, host)
@@ -184,7 +206,7 @@ class Node(Generic[L]):
             self.route("127.0.0.1")  # without a device (or without the one named), waiting for peers would be in vain
             server = self._get_control().bind(
                 endpoint,
-                Acceptor(self),
+                Acceptor(self, new_stream),
                 lease_s=self.lease_s,
                 max_sessions=self._max_peers,
                 handshakes_per_s=HANDSHAKES_PER_S,
@@ -201,6 +223,11 @@ class Node(Generic[L]):
         Raises EndpointError, ConnectTimeout, Refused, CurveError, NoDevice, VerbsUnavailable, MemlockError; after an error nothing
         is left behind.
         """
+        self._connect(endpoint, timeout, peer_key, self._new_stream)
+
+    def _connect(
+        self, endpoint: str, timeout: float | None, peer_key: str | os.PathLike[str] | None, new_stream: NewStream[S]
+    ) -> None:
         if (peer_key is None) != (self._curve is None):
             raise CurveError(
                 "with CURVE, a side that connects needs both its own secret key and the peer's public key.",
@@ -212,9 +239,15 @@ class Node(Generic[L]):
 
             key = load_public_key(peer_key)
         Deadline(timeout)  # refuses what is no timeout
+        origin = Origin(endpoint, parse(endpoint).host, key)
+        self.reach(new_stream(secrets.token_bytes(messages.SESSION_BYTES), origin), timeout)
+
+    def reach(self, stream: S, timeout: float | None) -> None:
+        """Connect a stream that has an origin, for the first time or again. Raises what `connect` does."""
+        assert stream.origin is not None
+        endpoint, host, key = stream.origin
         deadline = Deadline(None if timeout is None else timeout + CONNECT_GRACE_S)
-        host = parse(endpoint).host
-        connector = Connector(self)
+        connector = Connector(self, stream)
         try:
             with self._making():
                 connector.prepare(host)
@@ -229,7 +262,7 @@ class Node(Generic[L]):
                 with contextlib.suppress(ClosedError):
                     connection.bye("gave up", BYE_S)
             link = connector.link or self._opening.get(connector.session)
-            if link is not None:
+            if link is not None and link.state is not LinkState.READY:
                 self.retire(link)
             raise
 
@@ -261,6 +294,12 @@ class Node(Generic[L]):
             Deadline(timeout),
             f"waiting for {count} peer{'s' if count != 1 else ''}",
         )
+
+    def pause(self, timeout_s: float) -> bool:
+        """Sleep, but not beyond the end of this object. False if it is closing."""
+        with self._lock:
+            self._waiter.rest(lambda: self._closing, timeout_s)
+            return not self._closing
 
     def _get_control(self) -> Control:
         from rdmaxfer.cm.control import Control
@@ -304,11 +343,72 @@ class Node(Generic[L]):
             peer_gid=peer_gid,
         )
 
-    def open_link(self, session: bytes, peer: str, route: Route, *, queue_pairs: int = messages.MAX_QUEUE_PAIRS) -> L:
+    def stream_of(self, hello: messages.Hello, new_stream: NewStream[S]) -> tuple[S, messages.Progress]:
+        """On the control thread: what the peer asks a connection for, and from where it is to go on. If as far as is known here it
+        has one, that one ends."""
+        with self._lock:
+            stream = self._find_stream(hello)
+            links = [link for link in self._opening.values() if link.stream.id == hello.stream]
+            if stream is not None and stream.link is not None:
+                links.append(stream.link)
+        for link in links:
+            self._displace(link, replaced=link.stream.id != hello.stream)
+        with self._lock:
+            if stream is None or self._streams.get(stream.id) is not stream:
+                stream = new_stream(hello.stream, None)
+                start = self._start_of_new(stream, hello)
+            else:
+                if stream.id != hello.stream:
+                    del self._streams[stream.id]
+                    stream.id = hello.stream
+                    self._streams[stream.id] = stream
+                start = self._start(stream, hello)
+            stream.identity = hello.identity
+            if not stream.peer:
+                stream.peer = hello.name
+            return stream, start
+
+    def _find_stream(self, hello: messages.Hello) -> S | None:
+        return self._streams.get(hello.stream)
+
+    def _displace(self, link: L, *, replaced: bool) -> None:
+        """On the control thread: the peer (or, if `replaced`, its successor) has come by another connection."""
+        assert self._control is not None
+        with self._lock:
+            self._waiter.settle()
+            link.fail(PeerLost(f"{link.peer} has come by another connection."))
+            if link in self._links:
+                self._links.remove(link)
+                self._note_end(link)
+        code = messages.RefuseCode.REPLACED if replaced else messages.RefuseCode.CLOSING
+        self._control.end(link.session, "another connection has taken the place of this one", code)
+        self.retire(link)
+
+    def _start_of_new(self, stream: S, hello: messages.Hello) -> messages.Progress:
+        """From where a stream begins that is not known here."""
+        raise NotImplementedError
+
+    def _start(self, stream: S, hello: messages.Hello) -> messages.Progress:
+        """From where a stream goes on."""
+        raise NotImplementedError
+
+    def check_start(self, link: L, told: messages.Progress | None, accept: messages.Accept) -> None:
+        """The bound side has said from where it goes on; `told` is what this side said. Raises RemoteProtocolError."""
+        raise NotImplementedError
+
+    def progress(self, stream: S) -> messages.Progress | None:
+        """What HELLO says of a stream: None if it is new."""
+        with self._lock:
+            return stream.progress()
+
+    def _new_stream(self, id_: bytes, origin: Origin | None) -> S:
+        raise NotImplementedError
+
+    def open_link(self, session: bytes, stream: S, route: Route, *, queue_pairs: int = messages.MAX_QUEUE_PAIRS) -> L:
         """A link with queue pairs in INIT, receives posted; with no more of them than the peer's `queue_pairs`."""
         lanes = min(self._queue_pairs, queue_pairs)
         with self._making(), ExitStack() as stack:
-            link = self._make_link(session, peer, self._domain(route), route, lanes, stack)
+            link = self._make_link(session, stream, self._domain(route), route, lanes, stack)
             link.reason = route.reason
             with self._lock:
                 self._opening[session] = link
@@ -353,14 +453,26 @@ class Node(Generic[L]):
         """Both sides are ready: frames may flow."""
         with self._lock:
             self._opening.pop(link.session, None)
-            if link.state is LinkState.OPENING and not self._closing:
+            stream: S = link.stream
+            if link.state is LinkState.OPENING and not self._closing and stream.link is None:
                 link.state = LinkState.READY
+                stream.link, stream.peer = link, link.peer
+                before = self._streams.get(stream.id)
+                self._streams[stream.id] = stream
+                if before is not None and before is not stream:
+                    self._forget(before)
+                self._reconnects += 1 if stream.waits else 0
                 self._links.append(link)
-                log.info("connected with %s over verbs: %s", link.peer, link.reason)
+                again = "again, " if stream.waits else ""
+                log.info("connected with %s %sover verbs: %s", link.peer, again, link.reason)
                 self._tell_state(StateChange(link.peer, "connected", None, link.reason))
+                self._began(stream)
             self._waiter.wake()
 
-    def _make_link(self, session: bytes, peer: str, domain: Domain, route: Route, lanes: int, owned: ExitStack) -> L:
+    def _began(self, stream: S) -> None:
+        """A stream has a connection (again). With the lock held."""
+
+    def _make_link(self, session: bytes, stream: S, domain: Domain, route: Route, lanes: int, owned: ExitStack) -> L:
         raise NotImplementedError
 
     def wishes(self) -> tuple[int, int, int]:
@@ -375,8 +487,8 @@ class Node(Generic[L]):
         """Raise RemoteProtocolError unless ACCEPT is within what HELLO asked for."""
         raise NotImplementedError
 
-    def make_ring(self, link: L, slots: int, slot_bytes: int) -> messages.RingAddress | None:
-        """The receiver registers its ring; a sender has none."""
+    def make_ring(self, link: L, slots: int, slot_bytes: int, start: messages.Progress) -> messages.RingAddress | None:
+        """The receiver registers its ring; a sender has none. Both go on from `start`. Raises RemoteProtocolError, DeviceError."""
         raise NotImplementedError
 
     def use_ring(self, link: L, ring: messages.RingAddress | None) -> None:
@@ -412,6 +524,12 @@ class Node(Generic[L]):
             if not self._closing:
                 self._on_control(functools.partial(self._end_session, link))
 
+    def _later(self, delay_s: float, work: Callable[[], None]) -> None:
+        """Have the control thread do something later."""
+        if self._control is not None:
+            with contextlib.suppress(ClosedError):
+                self._control.call_later(delay_s, work)
+
     def _on_control(self, work: Callable[[], None]) -> None:
         """Have the control thread do something, for the errors of which nobody waits here."""
 
@@ -426,19 +544,75 @@ class Node(Generic[L]):
                 self._control.call(run)
 
     def _note_end(self, link: L) -> None:
-        """Count and report the end of a link. With the lock held, once a link."""
-        lost = self._loss(link)
+        """A link has ended: its stream waits for another one, or ends. With the lock held, once a link."""
+        stream: S = link.stream
+        error = link.error
+        self._count_link(link)
+        if stream.link is not link:
+            return
+        stream.link = None
+        if self._reconnect_s and isinstance(error, PeerLost) and not self._closing:
+            self._await(stream, error)
+        else:
+            self._end_stream(stream, error)
+
+    def _count_link(self, link: L) -> None:
+        """Keep the counters of a link that has ended."""
+
+    def _await(self, stream: S, error: PeerLost) -> None:
+        """The connection broke: see to it that there will be another one, or that the stream ends. With the lock held."""
+        stream.lost = error
+        stream.waits += 1
+        log.info("%s; waiting up to %g s for another connection", error, self._reconnect_s)
+        self._tell_state(StateChange(stream.peer, "reconnecting", error, str(error)))
+        if stream.origin is not None:
+            self._reconnecting = [each for each in self._reconnecting if each.is_alive()]
+            self._reconnecting.append(Reconnecting(self, stream, self._reconnect_s))
+            return
+        waiting = [other for other in self._streams.values() if other.link is None and other.origin is None]
+        if len(waiting) > self._max_peers:
+            self.give_up(waiting[0], None)
+        expire = functools.partial(self._expire, stream, stream.waits)
+        self._later(self._reconnect_s, expire)
+
+    def _expire(self, stream: S, waits: int) -> None:
+        with self._lock:
+            if stream.waits == waits:
+                self.give_up(stream, None)
+
+    def give_up(self, stream: S, error: RdmaxferError | None) -> None:
+        """There will be no other connection; `error` says why not, if it is known."""
+        with self._lock:
+            if stream.link is not None or self._streams.get(stream.id) is not stream:
+                return
+            lost: RdmaxferError | None = stream.lost
+            if error is not None and lost is not None:
+                lost = PeerLost(f"{lost} It could not be connected with again: {error}", fix=error.fix)
+            elif lost is not None:
+                lost = type(lost)(f"{lost} It has not come back within {self._reconnect_s:g} s.")
+            self._end_stream(stream, lost)
+            self._waiter.wake()
+
+    def _end_stream(self, stream: S, error: RdmaxferError | None) -> None:
+        """Count and report the end of a stream: for no error, a goodbye. With the lock held."""
+        lost = self._loss(stream, error)
+        if self._streams.get(stream.id) is stream:
+            del self._streams[stream.id]
+        self._forget(stream)
         if lost is None:
             self._ends += 1
-            log.info("%s said goodbye", link.peer)
-            self._tell_state(StateChange(link.peer, "ended", None, ""))
+            log.info("%s said goodbye", stream.peer)
+            self._tell_state(StateChange(stream.peer, "ended", None, ""))
             return
         self._peers_lost += 1
-        self._tell_state(StateChange(link.peer, "lost", lost, str(lost)))
-        if link.chosen_here or lost.unreleased:
+        self._tell_state(StateChange(stream.peer, "lost", lost, str(lost)))
+        if stream.origin is not None or lost.unreleased:
             self._losses.append(lost)
         else:
             log.warning("%s", lost)
+
+    def _forget(self, stream: S) -> None:
+        """A stream has ended. With the lock held."""
 
     def _tell_state(self, change: StateChange) -> None:
         """Have `on_state` told, in order. With the lock held, which the callback will not find held."""
@@ -451,12 +625,11 @@ class Node(Generic[L]):
         except Exception:
             log.exception("on_state raised an exception at %s", change)
 
-    def _loss(self, link: L) -> PeerLost | None:
-        """What is to be told to the user about the end of this link; None where all is well."""
-        error = link.error
-        if error is None:
-            return None
-        return error if isinstance(error, PeerLost) else PeerLost(f"the connection with {link.peer} ended: {error}")
+    def _loss(self, stream: S, error: RdmaxferError | None) -> PeerLost | None:
+        """What is to be told to the user about the end of this stream; None where all is well."""
+        if error is None or isinstance(error, PeerLost):
+            return error
+        return PeerLost(f"the connection with {stream.peer} ended: {error}")
 
     def _end_session(self, link: L) -> None:
         """On the control thread: tell the peer, then destroy."""
@@ -464,7 +637,9 @@ class Node(Generic[L]):
         reason = str(link.error)[:500] if link.error is not None else "ended"
         if connection is None:
             assert self._control is not None
-            self._control.end(link.session, reason)
+            hostile = isinstance(link.error, RemoteProtocolError)
+            code = messages.RefuseCode.MALFORMED if hostile else messages.RefuseCode.CLOSING
+            self._control.end(link.session, reason, code)
         elif not connection.ended:
             connection.bye(reason, BYE_S)
         self.retire(link)
@@ -472,7 +647,7 @@ class Node(Generic[L]):
     def session_ended(self, link: L, error: RdmaxferError | None) -> None:
         """On the control thread: the control plane says that the peer is gone. `error` is None for a goodbye."""
         with self._lock:
-            self._waiter.poll()  # what arrived before the end is not lost
+            self._waiter.settle()  # what arrived before the end is not lost, a goodbye above all
             self._opening.pop(link.session, None)
             self._connections.pop(link.session, None)
             if error is None and link.live and not self._closing and self._control is not None:
@@ -552,8 +727,13 @@ class Node(Generic[L]):
             stack.callback(self._waiter.close)
             stack.callback(self._free_memory)
             stack.callback(self._retire_all)
+            stack.callback(self._join_threads)
             if self._control is not None:
                 self._control.close(max(0.2, min(1.0, deadline.left_s())))
+
+    def _join_threads(self) -> None:
+        for each in self._reconnecting:
+            each.join(MAKING_S)
 
     def _retire_all(self) -> None:
         for link in [*self._links, *self._opening.values()]:
@@ -588,7 +768,7 @@ class Node(Generic[L]):
         """Raise what there is to raise when no peer is left and none can come."""
         if self._losses:
             raise self._losses.popleft()
-        if not self._links and not self._servers and not self._opening:
+        if not self._links and not self._servers and not self._opening and not self._streams:
             raise NotConnected(
                 f"this {type(self).__name__} is connected to nobody.",
                 fix="call connect(endpoint) or bind(endpoint) first.",

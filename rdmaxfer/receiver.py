@@ -7,12 +7,12 @@ import dataclasses
 import logging
 import os
 import threading
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from rdmaxfer.cm.messages import MAX_SLOT_BYTES, Accept, Hello, Refuse, Resized, RingAddress
+from rdmaxfer.cm.messages import MAX_NAME_CHARS, MAX_SLOT_BYTES, Accept, Hello, Progress, Refuse, Resized, RingAddress
 from rdmaxfer.errors import (
     ClosedError,
     EndOfStream,
@@ -26,11 +26,13 @@ from rdmaxfer.lease import Frame, FrameLease
 from rdmaxfer.link import recv_depth, send_depth
 from rdmaxfer.node import Node, StateChange
 from rdmaxfer.recv_link import RecvLink
+from rdmaxfer.recv_stream import RecvStream
 from rdmaxfer.waiting import Deadline
 
 if TYPE_CHECKING:
     from rdmaxfer.fabric.devices import Route
     from rdmaxfer.fabric.verbs import Domain
+    from rdmaxfer.stream import Origin
 
 log = logging.getLogger("rdmaxfer")
 
@@ -46,6 +48,9 @@ CREDIT_S = 0.05
 MAX_FIRST_RING_BYTES = 256 << 20
 """A sender's wish for slots to begin with is granted up to this; if its frames need more, there will be a resize."""
 
+MAX_REMEMBERED = 1024
+"""Streams that were given up, and senders, whose latest numbers are kept."""
+
 MAX_OFFERS = 4
 """Larger rings a sender may have asked for without using any: more would be memory for nothing."""
 
@@ -58,12 +63,18 @@ class ReceiverStatistics:
     """Senders connected now."""
     turned_away: int
     """Connections to endpoints bound here that failed before a word was said: no CURVE key, a wrong one, or no ZeroMQ at all."""
+    reconnecting: int
+    """Senders whose connection broke, and that are expected to come back."""
+    reconnects: int
+    """How often a sender has come back."""
     peers_lost: int
-    """Connections that ended without a goodbye."""
+    """Senders that were given up: they went without a goodbye, and did not come back."""
     frames: int
     """Frames handed out by `recv` or iteration."""
     bytes: int
     """Their payload bytes."""
+    missed: int
+    """Numbers missing between these frames: the sum of their gaps."""
     writes: int
     """WRITE_WITH_IMM completions polled: frames that a device placed in registered memory."""
     credits_sent: int
@@ -76,7 +87,7 @@ class ReceiverStatistics:
     """Memory registered for senders now."""
 
 
-class Receiver(Node[RecvLink]):
+class Receiver(Node[RecvLink, RecvStream]):
     """Receives frames from any number of senders: each gets a ring of slots in registered memory here and writes into it.
 
     Parameters (all have working defaults):
@@ -93,12 +104,16 @@ class Receiver(Node[RecvLink]):
       queue_pairs: queue pairs of each connection (1 to 8), over which its frames take turns; the smaller wish of the two sides
         counts. Two keep more of a device or of Soft-RoCE busy than one.
       spin_s: seconds to poll busily before a wait sleeps. Lowers latency when a core is to spare.
-      lease_s: seconds without a sign of life after which a peer is given up.
+      name: what a successor of this receiver, in another process, will also be called: if this one is restarted, a sender that is
+        bound goes on with the frames that it has not released. Nobody else who connects to that sender may have the same name.
+      lease_s: seconds without a sign of life after which a connection counts as broken.
+      reconnect, reconnect_s: whether, and for how many seconds, a sender whose connection broke may come back (or is connected to
+        again, if it was this side that connected) before it is given up. It goes on where it was: no frame comes twice.
       secret_key: this side's file NAME.key_secret (`rdmaxfer keygen`). With it, CURVE authenticates and encrypts the control plane
         of every endpoint, and `connect` needs the peer's public key.
       allowed_keys: directory with the files NAME.key of the senders that may connect to endpoints bound here.
-      on_state: called with a StateChange when a peer has connected, said goodbye, or was lost; on a thread of this object, which
-        waits for it: keep it short, and call nothing of this object that waits (set an event, and connect elsewhere).
+      on_state: called with a StateChange when a peer has connected, is to come back, said goodbye, or was lost; on a thread of this
+        object, which waits for it: keep it short, and call nothing of this object that waits (set an event, and connect elsewhere).
 
     Use it in a `with` block, or close() it. All methods may be called from any thread.
     """
@@ -119,7 +134,10 @@ class Receiver(Node[RecvLink]):
         copy: bool = False,
         queue_pairs: int = 2,
         spin_s: float = 0.0,
+        name: str = "",
         lease_s: float = 5.0,
+        reconnect: bool = True,
+        reconnect_s: float = 30.0,
         secret_key: str | os.PathLike[str] | None = None,
         allowed_keys: str | os.PathLike[str] | None = None,
         on_state: Callable[[StateChange], object] | None = None,
@@ -141,19 +159,29 @@ class Receiver(Node[RecvLink]):
             max_peers=max_peers,
             spin_s=spin_s,
             lease_s=lease_s,
+            reconnect=reconnect,
+            reconnect_s=reconnect_s,
             secret_key=secret_key,
             allowed_keys=allowed_keys,
             on_state=on_state,
         )
+        if not isinstance(name, str) or len(name) > MAX_NAME_CHARS:
+            raise ValueError(f"a name is a text of at most {MAX_NAME_CHARS} characters, not {name!r}")
+        self.identity = name
         self._max_frame_bytes = max_frame_bytes
         self._max_pinned_bytes = max_pinned_bytes
         self._pinned_bytes = 0
         self._copy = copy
         self._ready: deque[tuple[tuple[int, int], Frame]] = deque()
-        self._draining: list[RecvLink] = []
-        """Links that are gone, but whose frames are still leased."""
+        self._draining: list[RecvStream] = []
+        """Streams that have ended, but whose frames are still leased."""
+        self._past: OrderedDict[bytes, int] = OrderedDict()
+        """The latest number received over streams that were given up, should their senders come back after all."""
+        self._latest_seqs: OrderedDict[bytes, int] = OrderedDict()
+        """... and from senders, by their own ids: for gaps between streams."""
         self._frames = 0
         self._bytes = 0
+        self._missed = 0
         self._writes_before = 0
         self._credits_before = 0
         self._resizes = 0
@@ -176,6 +204,9 @@ class Receiver(Node[RecvLink]):
                 self._ready.popleft()
                 self._frames += 1
                 self._bytes += entry[1].nbytes
+                gap = entry[1].gap
+                if gap is not None:
+                    self._missed += gap.count
             if self._copy:
                 try:
                     copied = entry[1].copy()
@@ -202,14 +233,14 @@ class Receiver(Node[RecvLink]):
             yield frame
 
     def _next(self) -> tuple[tuple[int, int], Frame] | None:
-        for link in self._links:
-            if link.abandoned:
-                link.collect()
-                if link.credit_kept and not self._ticking:
+        for stream in self._streams.values():
+            if stream.abandoned:
+                stream.collect()
+                if stream.link is not None and stream.link.credit_kept and not self._ticking:
                     self._tick_later()
         if self._ready:
             return self._ready[0]
-        if self._ends and not self._links and not self._servers and not self._opening and not self._losses:
+        if self._ends and not self._streams and not self._servers and not self._opening and not self._losses:
             raise EndOfStream("every sender has said goodbye, and all their frames were received.")
         self._check_connected()
         return None
@@ -220,17 +251,20 @@ class Receiver(Node[RecvLink]):
             return ReceiverStatistics(
                 peers=len(self._links),
                 turned_away=sum(server.turned_away for server in self._servers),
+                reconnecting=sum(stream.link is None for stream in self._streams.values()),
+                reconnects=self._reconnects,
                 peers_lost=self._peers_lost,
                 frames=self._frames,
                 bytes=self._bytes,
+                missed=self._missed,
                 writes=self._writes_before + sum(link.writes_received for link in self._links),
                 credits_sent=self._credits_before + sum(link.credits_sent for link in self._links),
-                leased=sum(len(link.leases) for link in [*self._links, *self._draining]),
+                leased=sum(len(stream.leases) for stream in [*self._streams.values(), *self._draining]),
                 resizes=self._resizes,
                 pinned_bytes=self._pinned_bytes,
             )
 
-    # --- what links ask (rdmaxfer.recv_link.Inbox) ---------------------------------------------------------------------------
+    # --- what streams and links ask (rdmaxfer.recv_stream.Inbox, rdmaxfer.recv_link.Host) --------------------------------
 
     def frame_arrived(self, frame: Frame, tag: tuple[int, int]) -> None:
         ready = self._ready
@@ -239,14 +273,14 @@ class Receiver(Node[RecvLink]):
         else:
             ready.append((tag, frame))
 
-    def release(self, link: RecvLink, lease: FrameLease) -> None:
+    def release(self, stream: RecvStream, lease: FrameLease) -> None:
         if self._forked:
             return
         with self._lock:
-            link.finish(lease)
-            if link.abandoned:
-                link.collect()
-            if link.credit_kept and not self._ticking:
+            stream.finish(lease)
+            if stream.abandoned:
+                stream.collect()
+            if stream.link is not None and stream.link.credit_kept and not self._ticking:
                 self._tick_later()
 
     def pin(self, nbytes: int) -> None:
@@ -275,8 +309,9 @@ class Receiver(Node[RecvLink]):
     def _tick(self) -> None:
         with self._lock:
             self._ticking = False
+            for stream in self._streams.values():
+                stream.collect()
             for link in self._links:
-                link.collect()
                 link.give_kept_credit()
             if any(link.credit_kept for link in self._links):
                 self._tick_later()
@@ -340,7 +375,7 @@ class Receiver(Node[RecvLink]):
     # --- what the handshake asks (rdmaxfer.handshake) -------------------------------------------------------------------
 
     def _make_link(
-        self, session: bytes, peer: str, domain: Domain, route: Route, lanes: int, owned: ExitStack
+        self, session: bytes, stream: RecvStream, domain: Domain, route: Route, lanes: int, owned: ExitStack
     ) -> RecvLink:
         from rdmaxfer.fabric.verbs import Endpoint
 
@@ -354,7 +389,7 @@ class Receiver(Node[RecvLink]):
             remote_write=True,
         )
         owned.callback(endpoint.close)
-        return RecvLink(session, peer, endpoint, owned.pop_all(), pd, self)
+        return RecvLink(session, stream, endpoint, owned.pop_all(), pd, self)
 
     def wishes(self) -> tuple[int, int, int]:
         return self._slots, self._slot_bytes, self._max_frame_bytes
@@ -370,8 +405,47 @@ class Receiver(Node[RecvLink]):
         if accept.slots > self._slots or accept.slot_bytes > self._max_frame_bytes:
             raise RemoteProtocolError("the sender wants more slots, or larger ones, than it was told that it can have")
 
-    def make_ring(self, link: RecvLink, slots: int, slot_bytes: int) -> RingAddress:
-        return link.make_ring(slots, slot_bytes)
+    def make_ring(self, link: RecvLink, slots: int, slot_bytes: int, start: Progress) -> RingAddress:
+        with self._lock:
+            link.resume(slots, start)
+        return link.make_ring(slot_bytes)
+
+    def _new_stream(self, id_: bytes, origin: Origin | None) -> RecvStream:
+        return RecvStream(id_, origin, self)
+
+    def _start_of_new(self, stream: RecvStream, hello: Hello) -> Progress:
+        stream.node = hello.node
+        stream.received_seq = self._past.get(hello.stream, -1)
+        stream.seq_before_first = self._latest_seqs.get(hello.node, -1)
+        first = hello.resume.released if hello.resume is not None else 0
+        return Progress(released=first, received=first)
+
+    def _start(self, stream: RecvStream, hello: Hello) -> Progress:
+        return Progress(released=stream.ring.released, received=stream.ring.received)
+
+    def check_start(self, link: RecvLink, told: Progress | None, accept: Accept) -> None:
+        with self._lock:
+            stream, start = link.stream, accept.start
+            if told is not None and start != told:
+                # The sender has forgotten this stream, or is another one: a new one begins.
+                link.stream = stream = stream.successor()
+            if start.released != start.received and start != told:
+                raise RemoteProtocolError("the sender says that this receiver has frames which it has not")
+            if stream.node != accept.node:
+                stream.received_seq = -1
+                stream.node = accept.node
+                stream.seq_before_first = self._latest_seqs.get(accept.node, -1)
+
+    def _forget(self, stream: RecvStream) -> None:
+        stream.collect()
+        if stream.leases:
+            self._draining.append(stream)
+        self._draining = [other for other in self._draining if other.leases]
+        if stream.latest_seq >= 0:
+            for known, key in ((self._past, stream.id), (self._latest_seqs, stream.node)):
+                known[key] = stream.latest_seq
+                while len(known) > MAX_REMEMBERED:
+                    known.popitem(last=False)
 
     def use_ring(self, link: RecvLink, ring: RingAddress | None) -> None:
         if ring is not None:
@@ -417,20 +491,16 @@ class Receiver(Node[RecvLink]):
 
     # --- the end -------------------------------------------------------------------------------------------------------
 
-    def _note_end(self, link: RecvLink) -> None:
-        super()._note_end(link)
+    def _count_link(self, link: RecvLink) -> None:
         self._writes_before += link.writes_received
         self._credits_before += link.credits_sent
-        if link.leases:
-            self._draining.append(link)
-        self._draining = [other for other in self._draining if other.leases]
 
     def _say_goodbye(self, deadline: Deadline) -> None:
         with self._lock:
             for link in self._links:
                 link.say_bye()
-            for link in [*self._links, *self._draining, *self._opening.values()]:
-                link.revoke_leases()
+            for stream in [*self._streams.values(), *self._draining]:
+                stream.revoke_leases()
             self._ready.clear()
             # A queue pair that is destroyed at once takes the goodbye along.
             with contextlib.suppress(RdmaxferError):

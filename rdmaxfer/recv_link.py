@@ -3,7 +3,6 @@ for the rules."""
 
 from __future__ import annotations
 
-from collections import deque
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -13,13 +12,14 @@ from rdmaxfer import frame as framing
 from rdmaxfer import inband
 from rdmaxfer.cm.messages import RingAddress
 from rdmaxfer.errors import PeerLost, RdmaxferError, RemoteProtocolError
-from rdmaxfer.lease import Frame, FrameLease
+from rdmaxfer.lease import FrameLease
 from rdmaxfer.link import Completion, Link, send_depth
 from rdmaxfer.memory import Buffer
-from rdmaxfer.ring import RecvRing
 
 if TYPE_CHECKING:
+    from rdmaxfer.cm.messages import Progress
     from rdmaxfer.fabric.verbs import Endpoint, ProtectionDomain
+    from rdmaxfer.recv_stream import RecvStream
 
 
 PAGE = 4096
@@ -52,28 +52,32 @@ class _Arrival(NamedTuple):
     tag: tuple[int, int]
 
 
-class Inbox(Protocol):
+class Host(Protocol):
     """What a RecvLink needs of its receiver."""
 
-    def frame_arrived(self, frame: Frame, tag: tuple[int, int]) -> None: ...
     def resize_asked(self, link: RecvLink, wanted_bytes: int) -> None: ...
-    def release(self, link: RecvLink, lease: FrameLease) -> None: ...
     def pin(self, nbytes: int) -> None: ...
     def unpin(self, nbytes: int) -> None: ...
 
 
 class RecvLink(Link):
-    """The receiver's side: owns the ring, turns completions into leased frames, gives credit."""
+    """The receiver's side: owns the memory, turns completions into leased frames, gives credit."""
+
+    stream: RecvStream
 
     def __init__(
-        self, session: bytes, peer: str, endpoint: Endpoint, owned: ExitStack, pd: ProtectionDomain, inbox: Inbox
+        self,
+        session: bytes,
+        stream: RecvStream,
+        endpoint: Endpoint,
+        owned: ExitStack,
+        pd: ProtectionDomain,
+        host: Host,
     ) -> None:
-        super().__init__(session, peer, endpoint, owned)
+        super().__init__(session, stream.peer, endpoint, owned)
+        self.stream = stream
         self.pd = pd
-        self.abandoned: deque[FrameLease] = deque()
-        """Leases that ended by garbage collection; their slots are given back at the next occasion."""
-        self.leases: dict[int, FrameLease] = {}
-        self.ring = RecvRing(1)
+        self.ring = stream.ring
         self.writes_received = 0
         self.credits_sent = 0
         self.resizing = False
@@ -82,7 +86,7 @@ class RecvLink(Link):
         """What a connecting sender is to be told at its next RESIZE."""
         self.wanted_bytes = 0
         """The latest slot size that the sender asked for in band, or by its answer to RENEW."""
-        self._inbox = inbox
+        self._host = host
         self._memory: dict[int, RingMemory] = {}
         self._depth = 0
         self._unsignalled = 0
@@ -98,25 +102,33 @@ class RecvLink(Link):
         self._credit_asked = -1
         """How many frames had been sent when the sender asked for credit; -1: it has not."""
         self._credit_seen = 0
+        self._began_at = 0
+        """Position of the first frame of this connection."""
         owned.callback(self._unregister)
 
-    def make_ring(self, slots: int, slot_bytes: int) -> RingAddress:
-        """Register the first ring, for the lanes of the connected endpoint. Raises NoMemory, MemlockError, VerbsError."""
+    def resume(self, slots: int, start: Progress) -> None:
+        """Go on with the stream from `start`, over the lanes of the connected endpoint. With the receiver's lock held. Raises
+        RemoteProtocolError."""
         lanes = self.endpoint.lanes
-        self.ring = RecvRing(slots, lanes)
+        self.stream.resume(slots, lanes, start)
+        self.ring = self.stream.ring
+        self._began_at = self.ring.received
         self._arrivals = [None] * slots
         self._consumed, self._reposted = [0] * lanes, [0] * lanes
         self._depth = send_depth(slots)
-        return self._address(0, self.new_memory(slot_bytes))
+
+    def make_ring(self, slot_bytes: int) -> RingAddress:
+        """Register the first ring of this connection. Raises NoMemory, MemlockError, VerbsError."""
+        return self._address(self.ring.epoch, self.new_memory(slot_bytes))
 
     def new_memory(self, slot_bytes: int) -> RingMemory:
         """Memory for a ring with such slots. Takes long if it is large; not with the receiver's lock held."""
         nbytes = RingMemory.nbytes_of(self.ring.slots, slot_bytes)
-        self._inbox.pin(nbytes)
+        self._host.pin(nbytes)
         try:
             return RingMemory(self.pd, self.ring.slots, slot_bytes)
         except BaseException:
-            self._inbox.unpin(nbytes)
+            self._host.unpin(nbytes)
             raise
 
     def offer(self, memory: RingMemory) -> RingAddress:
@@ -161,13 +173,13 @@ class RecvLink(Link):
             self._byes |= 1 << lane
             if self._byes + 1 == 1 << ring.lanes:
                 self._take_arrivals()
-                if ring.received != self.writes_received:
+                if ring.received - self._began_at != self.writes_received:
                     raise RemoteProtocolError("the sender said goodbye, and left out frames on one of its lanes")
                 self.end()
         elif imm.kind is inband.ImmKind.CREDIT_WANTED:
             self._credit_asked = max(self._credit_asked, ring.next_on[lane] - ring.lanes + 1)
         else:
-            self._inbox.resize_asked(self, imm.wanted_bytes)
+            self._host.resize_asked(self, imm.wanted_bytes)
         self._consumed[lane] += 1
         self._repost_due = True
         self._handled = tag
@@ -221,9 +233,19 @@ class RecvLink(Link):
         array: np.ndarray[Any, Any] = np.ndarray(header.shape, header.dtype, flat)
         if epoch != self.ring.epoch:
             self._leave_older(epoch)
-        lease = self.leases[position] = FrameLease(self, position)
-        self._inbox.frame_arrived(lease.issue(header, array, flat), tag)
-        ring = self.ring
+        ring, stream, seq = self.ring, self.stream, header.seq
+        before = stream.seq_before(position)
+        lease = FrameLease(stream, position)
+        if seq > max(before, stream.received_seq):
+            gap = None if seq == before + 1 else stream.gap_before(position, seq, header.gap)
+            stream.leases[position] = lease
+            stream.deliver(lease.issue(header, array, flat, gap), tag)
+            stream.note(position, seq)
+        elif seq > before:
+            stream.leases[position] = lease
+            stream.abandoned.append(lease)  # received before; the sender could not know it
+        else:
+            raise RemoteProtocolError(f"the sender wrote frame number {seq} after number {before}")
         ring.epoch = epoch
         ring.received = position + 1
 
@@ -234,25 +256,7 @@ class RecvLink(Link):
 
     def _unpin(self, memory: RingMemory) -> None:
         memory.region.close()
-        self._inbox.unpin(memory.buffer.nbytes)
-
-    def release(self, lease: FrameLease) -> None:
-        """A lease ended by `Frame.release`: called by users' threads, takes the receiver's lock."""
-        self._inbox.release(self, lease)
-
-    def finish(self, lease: FrameLease) -> None:
-        """Give a leased slot back, and credit where it is due. With the receiver's lock held."""
-        # A position not received yet: Ctrl-C came while its frame was being made, and it is about to be made again.
-        if self.leases.get(lease.position) is lease and lease.position < self.ring.received:
-            self.ring.release(lease.position)
-            if not self.torn_down:
-                self.give_credit()
-            self.leases.pop(lease.position, None)
-
-    def collect(self) -> None:
-        """Give back the slots of frames that were dropped without a release."""
-        while self.abandoned:
-            self.finish(self.abandoned.popleft())
+        self._host.unpin(memory.buffer.nbytes)
 
     def give_credit(self) -> None:
         if self.ring.credit_due(asked=self.ring.announced < self._credit_asked) and self.live:
@@ -306,12 +310,6 @@ class RecvLink(Link):
     def _on_sent(self, wc: Completion) -> None:
         self._sent_completed = wc.wr_id
         self.give_credit()
-
-    def revoke_leases(self) -> None:
-        """The receiver is closing: frames still held become errors."""
-        for lease in self.leases.values():
-            lease.revoke()
-        self.leases.clear()
 
     def _unregister(self) -> None:
         while self._memory:

@@ -1,12 +1,15 @@
 """Slots and credits of one connection. Pure: no I/O, no clock, no memory.
 
-Frames are counted by *position*: 0, 1, 2, ... since the connection began. The frame at position `p` lies in slot `p % slots`.
+Frames are counted by *position*: 0, 1, 2, ... since the stream began. The frame at position `p` lies in slot `p % slots`.
 The sender may be at most `slots` positions ahead of what the receiver has *released*; the receiver tells it that count, as an
 absolute number, so that a repeated or late message is harmless. Slots are released in any order, but counted in ring order:
 one lease held for long stops the ring once the other slots are used up, and never loses anything.
 
 A connection may have several *lanes* (queue pairs): the frame at position `p` goes over lane `p % lanes`. Each keeps its order, but
 one may be ahead of another; so the receiver notes what has arrived on each, and takes frames in the order of their positions.
+
+A stream outlives its connection: `resume` goes on with another one, from what the receiver has released and received. Positions
+go on with it; what was written above `received` is to be written again.
 
 Positions and counts are 64-bit and don't wrap.
 """
@@ -20,6 +23,11 @@ from rdmaxfer.inband import EPOCH_MODULUS, MAX_SLOTS
 def _check_slots(slots: int) -> None:
     if not 1 <= slots <= MAX_SLOTS:
         raise LocalProtocolError(f"a ring has 1 to {MAX_SLOTS} slots, not {slots}")
+
+
+def next_on_lanes(position: int, lanes: int) -> list[int]:
+    """For each lane, the first position from `position` on that goes over it."""
+    return [position + (lane - position) % lanes for lane in range(lanes)]
 
 
 class SendRing:
@@ -38,6 +46,21 @@ class SendRing:
         self.completed = 0
         """Frames whose work request has completed here, and those of all before them: their memory may be reused."""
         self._uncompleted = list(range(lanes))
+
+    def check_resume(self, released: int, received: int, slots: int) -> None:
+        """Whether the receiver can have released and received that many. Raises RemoteProtocolError."""
+        if not self.released <= released <= received <= self.position or received - released > slots:
+            raise RemoteProtocolError(
+                f"the receiver says that it has received {received} frames and released {released}; {self.released} were "
+                f"released before, {self.position} were written, and a ring of {slots} slots was agreed on"
+            )
+
+    def resume(self, slots: int, lanes: int, released: int, received: int) -> None:
+        """Another connection takes over. Nothing is being read from any more."""
+        _check_slots(slots)
+        self.slots, self.lanes = slots, lanes
+        self.released, self.position, self.completed = released, received, received
+        self._uncompleted = next_on_lanes(received, lanes)
 
     def __repr__(self) -> str:
         return f"<SendRing position={self.position} completed={self.completed} released={self.released} slots={self.slots}>"
@@ -104,7 +127,24 @@ class RecvRing:
         """Released without a gap from the beginning."""
         self.announced = 0
         """What the sender was last told of `released`."""
-        self._done = bytearray(slots)
+        self._done: set[int] = set()
+        """Positions released with a gap before them."""
+
+    def resume(self, slots: int, lanes: int, announced: int) -> None:
+        """Another connection takes over, whose sender was told that `announced` are released. The memory is another, too, with a
+        new epoch. Raises RemoteProtocolError if more frames are held than a ring of `slots` can have."""
+        _check_slots(slots)
+        if self.received - announced > slots:
+            raise RemoteProtocolError(
+                f"{self.received - announced} frames are held, too many for a ring of {slots} slots"
+            )
+        self.slots, self.lanes, self.announced = slots, lanes, announced
+        self.next_on = next_on_lanes(self.received, lanes)
+        self.epoch = self.spare_epoch = self.spare_epoch + 1
+
+    def begin_at(self, position: int) -> None:
+        """The sender has frames from `position` on only. Before anything arrived."""
+        self.received = self.released = self.announced = position
 
     def __repr__(self) -> str:
         return (
@@ -141,11 +181,14 @@ class RecvRing:
         """The lease on `position` has ended. Repeating it changes nothing."""
         if position >= self.received:
             raise LocalProtocolError(f"position {position} is not leased")
-        if position >= self.released:
-            self._done[position % self.slots] = 1
-        while self.released < self.received and self._done[self.released % self.slots]:
-            self._done[self.released % self.slots] = 0
+        if position > self.released:
+            self._done.add(position)
+        elif position == self.released:
+            self.released = position + 1
+        while self.released in self._done:
+            # In this order: Ctrl-C in between leaves a number behind that is passed already.
             self.released += 1
+            self._done.discard(self.released - 1)
 
     def credit_due(self, *, asked: bool = False) -> bool:
         """Whether to tell the sender now: half of the ring was released since, or it may be starved, or it has asked."""

@@ -12,32 +12,24 @@ from rdmaxfer.cm.messages import RingAddress
 from rdmaxfer.errors import DeviceError, FrameTooLarge, PeerLost, RdmaxferError, RemoteProtocolError
 from rdmaxfer.link import Completion, Link, send_depth
 from rdmaxfer.memory import Buffer
-from rdmaxfer.ring import SendRing
 
 if TYPE_CHECKING:
+    from rdmaxfer.cm.messages import Progress
     from rdmaxfer.fabric.verbs import Endpoint, ProtectionDomain
-    from rdmaxfer.staging import Source
+    from rdmaxfer.outgoing import Outgoing
+    from rdmaxfer.send_stream import SendStream
 
 
 class _Posted:
-    """Work requests that were posted and not yet seen completed: up to which ordinal, which frame (-1: none), what they read."""
+    """Work requests that were posted and not yet seen completed: up to which ordinal, which position (-1: no frame), and the frame
+    whose memory they read."""
 
-    __slots__ = ("counted", "ordinal", "position", "source")
+    __slots__ = ("ordinal", "out", "position")
 
-    def __init__(self, ordinal: int, position: int, source: Source | None) -> None:
+    def __init__(self, ordinal: int, position: int, out: Outgoing | None) -> None:
         self.ordinal = ordinal
         self.position = position
-        self.source = source
-        self.counted = False
-        """Whether `source.in_flight` counts this."""
-
-    def finish(self) -> None:
-        source = self.source
-        if source is not None and self.counted:
-            self.counted = False
-            source.in_flight -= 1
-            if not source.in_flight:
-                source.idle()
+        self.out = out
 
 
 class _Lane:
@@ -57,16 +49,20 @@ class _Lane:
 class SendLink(Link):
     """The sender's side: writes frames into the receiver's ring."""
 
-    def __init__(self, session: bytes, peer: str, endpoint: Endpoint, owned: ExitStack, pd: ProtectionDomain) -> None:
-        super().__init__(session, peer, endpoint, owned)
+    stream: SendStream
+
+    def __init__(
+        self, session: bytes, stream: SendStream, endpoint: Endpoint, owned: ExitStack, pd: ProtectionDomain
+    ) -> None:
+        super().__init__(session, stream.peer, endpoint, owned)
+        self.stream = stream
         self.pd = pd
-        self.ring = SendRing(1)
+        self.ring = stream.ring
         self.remote: RingAddress | None = None
-        self.max_slot_bytes = 0
         self.resize_wanted = 0
         """Slot bytes asked for and not yet granted; 0 when no resize is under way."""
         self.resize_error: RdmaxferError | None = None
-        self._credit_asked_at = 0
+        self._credit_asked_at = -1
         self.credits_received = 0
         self._headers = Buffer(0)
         self._header_view = self._headers.view(0, 0)
@@ -77,13 +73,12 @@ class SendLink(Link):
         self._recvs_due: list[int] = []
         self.latest_seq = -1
         """Sequence number of the latest frame written."""
-        self.seqs: deque[int] = deque()
-        """Sequence numbers of frames written and not yet released, oldest first."""
 
-    def prepare(self, slots: int) -> None:
-        """Make room for `slots` frames on their way, over the lanes of the connected endpoint. Raises MemlockError, VerbsError."""
+    def prepare(self, slots: int, start: Progress) -> None:
+        """Make room for `slots` frames on their way, over the lanes of the connected endpoint, and go on from `start`. Raises
+        RemoteProtocolError, MemlockError, VerbsError."""
         self._lanes = [_Lane(number) for number in range(self.endpoint.lanes)]
-        self.ring = SendRing(slots, len(self._lanes))
+        self.stream.resume(slots, len(self._lanes), start)
         self._half = max(1, slots // 2)
         self._depth = send_depth(slots)
         # A header block for every slot of the ring: the headers differ by receiver, the payload is shared.
@@ -127,51 +122,43 @@ class SendLink(Link):
         """Whether a frame of `nbytes` is few enough work requests for the send queue at all."""
         return self.endpoint.wr_count(nbytes + framing.HEADER_ROOM) <= self._depth
 
-    def push(
-        self,
-        kind: framing.FrameType,
-        source: Source,
-        address: int,
-        *,
-        seq: int,
-        captured_ns: int,
-        pushed_ns: int,
-        metadata: bytes,
-    ) -> None:
-        """Write one frame. The caller has seen `can_push`; failures end the link."""
+    def push(self, out: Outgoing, gap: int) -> None:
+        """Write one frame; `gap` says why numbers are missing before it. The caller has seen `can_push`; failures end the link."""
         remote = self.remote
         assert remote is not None
-        ring = self.ring
+        ring, written = self.ring, self.stream.written
         position = ring.position
         slot = position % remote.slots
         lane = self._next_lane
         end = (slot + 1) * framing.HEADER_ROOM
+        payload_bytes = out.payload_bytes
         self.endpoint.clear_posted()
         try:
-            lkey = source.lkey(self.pd) if kind.payload_bytes else 0
-            header_bytes = kind.pack_into(
+            lkey = out.source.lkey(self.pd) if payload_bytes else 0
+            header_bytes = out.kind.pack_into(
                 self._header_view,
                 end,
                 epoch=remote.epoch,
                 slot=slot,
-                seq=seq,
+                seq=out.seq,
                 position=position,
-                captured_ns=captured_ns,
-                pushed_ns=pushed_ns,
-                metadata=metadata,
+                captured_ns=out.captured_ns,
+                pushed_ns=out.pushed_ns,
+                gap=gap,
+                metadata=out.metadata,
             )
-            signaled = self._record(lane, self.endpoint.wr_count(header_bytes + kind.payload_bytes), position, source)
-            if not self.seqs or self.seqs[-1] != seq:
-                self.seqs.append(seq)
+            signaled = self._record(lane, self.endpoint.wr_count(header_bytes + payload_bytes), position, out)
             imm = inband.pack_frame_imm(remote.epoch, header_bytes, slot)
             ring.take()
-            self.latest_seq = seq
+            if not written or written[-1] is not out:
+                written.append(out)
+            self.latest_seq = out.seq
             self.endpoint.write(
                 self._headers.address + end - header_bytes,
                 header_bytes,
                 self._header_lkey,
-                address,
-                kind.payload_bytes,
+                out.address,
+                payload_bytes,
                 lkey,
                 remote.address + slot * remote.slot_stride + framing.HEADER_ROOM - header_bytes,
                 remote.rkey,
@@ -182,23 +169,27 @@ class SendLink(Link):
             )
         except DeviceError as error:
             self._broke(error)
+            self._take_back(out, position)  # for another link
         except BaseException:
             if not self.endpoint.last_posted:
-                ring.position = position
-                self.latest_seq = -1
+                self._take_back(out, position)
             raise
 
-    def _record(self, lane: _Lane, wrs: int, position: int, source: Source | None, *, signaled: bool = False) -> bool:
+    def _take_back(self, out: Outgoing, position: int) -> None:
+        """This frame was not written."""
+        written = self.stream.written
+        if written and written[-1] is out:
+            written.pop()
+        self.ring.position = position
+        self.latest_seq = -1
+
+    def _record(self, lane: _Lane, wrs: int, position: int, out: Outgoing | None, *, signaled: bool = False) -> bool:
         """Note work requests about to be posted; says whether the last of them must be signalled."""
         unsignalled = lane.unsignalled + wrs
         if not signaled:
             # Each lane's last frame in half of the ring.
             signaled = position % self._half >= self._half - len(self._lanes) or unsignalled * 4 >= self._depth
-        posted = _Posted(lane.posted + wrs, position, source)
-        lane.in_flight.append(posted)
-        if source is not None:
-            source.in_flight += 1
-            posted.counted = True
+        lane.in_flight.append(_Posted(lane.posted + wrs, position, out))
         lane.unsignalled = 0 if signaled else unsignalled
         lane.posted += wrs
         return signaled
@@ -265,7 +256,6 @@ class SendLink(Link):
             if posted.position >= 0:
                 self.ring.on_completed(posted.position)
             lane.completed = posted.ordinal
-            posted.finish()
             in_flight.popleft()
 
     def _on_recv(self, wc: Completion, tag: tuple[int, int]) -> None:
@@ -275,9 +265,7 @@ class SendLink(Link):
         if message.kind is inband.MessageKind.RESIZE_REFUSED:
             self.refuse_resize(message.value)
             return
-        self.ring.on_credit(message.value)
-        while len(self.seqs) > self.ring.outstanding:
-            self.seqs.popleft()
+        self.stream.on_credit(message.value)
         if message.kind is inband.MessageKind.BYE:
             self.end()
         else:
@@ -305,5 +293,4 @@ class SendLink(Link):
         super().teardown(timeout_s)
         # The queue pairs are gone: nothing reads from the memory any more.
         for lane in self._lanes:
-            while lane.in_flight:
-                lane.in_flight.popleft().finish()
+            lane.in_flight.clear()

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from rdmaxfer.cm.messages import MAX_SLOT_BYTES, Accept, Hello, Refuse, RefuseCode, Resized, RingAddress
+from rdmaxfer.cm.messages import MAX_SLOT_BYTES, Accept, Hello, Progress, Refuse, RefuseCode, Resized, RingAddress
 from rdmaxfer.errors import (
+    ClosedError,
     DeviceError,
+    ForkedError,
     FrameError,
     FrameTooLarge,
     PeerLost,
@@ -29,14 +33,17 @@ from rdmaxfer.frame import FrameType, encode_metadata, frame_type
 from rdmaxfer.inband import MESSAGE_BYTES
 from rdmaxfer.lease import Slot
 from rdmaxfer.link import recv_depth, send_depth
-from rdmaxfer.node import Node, StateChange
+from rdmaxfer.node import MAKING_S, Node, StateChange
+from rdmaxfer.outgoing import Outgoing
 from rdmaxfer.send_link import SendLink
+from rdmaxfer.send_stream import TOO_LARGE, WHEN_FULL, Dropped, SendStream, WhenFull
 from rdmaxfer.staging import Holder, Registration, Source, StagingPool, StagingSlot
 from rdmaxfer.waiting import Deadline
 
 if TYPE_CHECKING:
     from rdmaxfer.fabric.devices import Route
     from rdmaxfer.fabric.verbs import Domain, ProtectionDomain
+    from rdmaxfer.stream import Origin
 
 RESIZE_RETRY_S = 0.02
 """How long to leave a receiver that is registering memory for larger slots alone."""
@@ -55,8 +62,12 @@ class SenderStatistics:
     """Receivers connected now."""
     turned_away: int
     """Connections to endpoints bound here that failed before a word was said: no CURVE key, a wrong one, or no ZeroMQ at all."""
+    reconnecting: int
+    """Receivers whose connection broke, and that are expected to come back."""
+    reconnects: int
+    """How often a receiver has come back."""
     peers_lost: int
-    """Connections that ended without a goodbye, or before all frames were released."""
+    """Receivers that were given up, or said goodbye before they had released all frames."""
     frames: int
     """Frames accepted by `push` and `reserve`: each counts once, however many receivers there are."""
     bytes: int
@@ -66,15 +77,22 @@ class SenderStatistics:
     waits: int
     """How often `push` had to wait for credit or staging memory."""
     unreleased: int
-    """Frames that some receiver has not released yet."""
+    """Frames that the slowest receiver has not released yet."""
+    dropped: int
+    """Frames dropped by `when_full`, or as too large for a receiver: summed over the receivers. `take_drops` has the numbers."""
+    unheard: int
+    """Frames pushed while nobody was connected, and every endpoint has a `when_full` that drops."""
     credits_received: int
     """Credit messages received."""
     resizes: int
     """Resizes asked for."""
 
 
-class Sender(Node[SendLink]):
+class Sender(Node[SendLink, SendStream]):
     """Pushes frames to every receiver that is connected: each receiver gets every frame pushed while it is there.
+
+    A frame is kept until all its receivers have released it. If a connection breaks, the side that connected comes back, and what
+    the receiver has not received is sent again, in its order: to a receiver that stayed alive each frame once.
 
     Parameters (all have working defaults):
       device: name of the RDMA device, e.g. "rxe0"; by default the one whose GID matches the route to the peer, or the
@@ -86,12 +104,15 @@ class Sender(Node[SendLink]):
       queue_pairs: queue pairs of each connection (1 to 8), over which its frames take turns; the smaller wish of the two sides
         counts. Two keep more of a device or of Soft-RoCE busy than one.
       spin_s: seconds to poll busily before a wait sleeps. Lowers latency when a core is to spare.
-      lease_s: seconds without a sign of life after which a peer is given up.
+      distribute: "all", each frame to every receiver, or "balance", each to one: to the one that can take the most.
+      lease_s: seconds without a sign of life after which a connection counts as broken.
+      reconnect, reconnect_s: whether, and for how many seconds, to hold the frames of a receiver whose connection broke, and to
+        connect to it again if it was this side that connected. Then it is given up: PeerLost has the numbers of its frames.
       secret_key: this side's file NAME.key_secret (`rdmaxfer keygen`). With it, CURVE authenticates and encrypts the control plane
         of every endpoint, and `connect` needs the peer's public key.
       allowed_keys: directory with the files NAME.key of the receivers that may connect to endpoints bound here.
-      on_state: called with a StateChange when a peer has connected, said goodbye, or was lost; on a thread of this object, which
-        waits for it: keep it short, and call nothing of this object that waits (set an event, and connect elsewhere).
+      on_state: called with a StateChange when a peer has connected, is to come back, said goodbye, or was lost; on a thread of this
+        object, which waits for it: keep it short, and call nothing of this object that waits (set an event, and connect elsewhere).
 
     Use it in a `with` block, or close() it. All methods may be called from any thread.
     """
@@ -109,11 +130,16 @@ class Sender(Node[SendLink]):
         max_peers: int = 1024,
         queue_pairs: int = 2,
         spin_s: float = 0.0,
+        distribute: Literal["all", "balance"] = "all",
         lease_s: float = 5.0,
+        reconnect: bool = True,
+        reconnect_s: float = 30.0,
         secret_key: str | os.PathLike[str] | None = None,
         allowed_keys: str | os.PathLike[str] | None = None,
         on_state: Callable[[StateChange], object] | None = None,
     ) -> None:
+        if distribute not in ("all", "balance"):
+            raise ValueError(f'distribute is "all" or "balance", not {distribute!r}')
         super().__init__(
             device=device,
             port=port,
@@ -124,11 +150,15 @@ class Sender(Node[SendLink]):
             max_peers=max_peers,
             spin_s=spin_s,
             lease_s=lease_s,
+            reconnect=reconnect,
+            reconnect_s=reconnect_s,
             secret_key=secret_key,
             allowed_keys=allowed_keys,
             on_state=on_state,
         )
-        self._pool = StagingPool(slots)
+        self._balance = distribute == "balance"
+        self._bound_policies: list[WhenFull] = []
+        self._pool = StagingPool(2 * slots)
         self._pds: dict[Domain, ProtectionDomain] = {}
         self._registrations: list[Registration] = []
         self._seq = 0
@@ -137,6 +167,47 @@ class Sender(Node[SendLink]):
         self._waits = 0
         self._resizes = 0
         self._credits_before = 0
+        self._dropped_before = 0
+        self._drops: list[Dropped] = []
+        """Of receivers that are gone."""
+        self._unheard = 0
+        self._pumping: threading.Thread | None = None
+
+    # --- connections -----------------------------------------------------------------------------------------------------
+
+    def bind(self, endpoint: str, *, when_full: WhenFull = "block") -> str:
+        """Wait for receivers at `endpoint`, e.g. "tcp://0.0.0.0:7471". May be called many times, and beside `connect`.
+
+        `when_full`: what to do for a receiver that has no room for a frame: "block", wait for it (and so hold up all);
+        "drop_newest", drop that frame; "drop_oldest", drop the oldest of up to `slots` frames that wait; "latest", keep only the
+        newest, and give it no more than the one in its hands and the next. Only frames that were not written yet are ever dropped.
+        Returns the endpoint with the port that was really bound (port 0 or * takes a free one). Raises EndpointError, and NoDevice
+        or VerbsUnavailable if no peer could be served; CurveError if this side has a secret key, but no allowed keys.
+        """
+        _check_policy(when_full)
+        bound = self._bind(endpoint, functools.partial(self._new_stream, when_full=when_full))
+        self._bound_policies.append(when_full)
+        return bound
+
+    def connect(
+        self,
+        endpoint: str,
+        timeout: float | None = 30.0,
+        *,
+        peer_key: str | os.PathLike[str] | None = None,
+        when_full: WhenFull = "block",
+    ) -> None:
+        """Connect to the receiver that is bound (or will be, within `timeout` seconds) at `endpoint`, e.g. "tcp://10.0.0.2:7471".
+
+        `when_full`: as in `bind`. `peer_key`: the file NAME.key of the peer, if this side has a `secret_key`. May be called many
+        times, and beside `bind`. Raises EndpointError, ConnectTimeout, Refused, CurveError, NoDevice, VerbsUnavailable,
+        MemlockError; after an error nothing is left behind.
+        """
+        _check_policy(when_full)
+        self._connect(endpoint, timeout, peer_key, functools.partial(self._new_stream, when_full=when_full))
+
+    def _new_stream(self, id_: bytes, origin: Origin | None, when_full: WhenFull = "block") -> SendStream:
+        return SendStream(id_, origin, when_full, self._slots)
 
     # --- pushing -------------------------------------------------------------------------------------------------------
 
@@ -155,35 +226,34 @@ class Sender(Node[SendLink]):
         `register`: then the device reads it where it is, and it must not be changed before `flush` has returned.
         `metadata`: a small mapping (4 KiB as msgpack) that travels along. `captured_ns`: capture time, nanoseconds since 1970.
 
-        Waits up to `timeout` seconds (for ever by default) until every receiver has a free slot, and for the first receiver to
-        connect. Raises TimeoutExpired (the frame was not sent to anybody), UnsupportedDtype, FrameTooLarge, FrameError,
-        PeerLost (once, when a connection was lost), NotConnected, ClosedError.
+        Waits up to `timeout` seconds (for ever by default) until every receiver with `when_full="block"` has a free slot (with
+        distribute="balance": one of them), and for the first receiver to connect. Raises TimeoutExpired (the frame was not sent to
+        anybody), UnsupportedDtype, FrameTooLarge, FrameError, PeerLost (once, when a receiver was given up), NotConnected,
+        ClosedError.
         """
         data = np.asanyarray(array)
         kind = frame_type(data.shape, data.dtype)
         packed = encode_metadata(metadata) if metadata else b""
         captured_ns = _nanoseconds(captured_ns)
         deadline = Deadline(timeout)
+        holder = Holder()
         if self._registrations and data.flags.c_contiguous and data.nbytes:
             address = data.__array_interface__["data"][0]
             with self._lock:
                 source = self._registered(address, data.nbytes)
                 if source is not None:
-                    source.in_flight += 1  # keeps it registered while we wait
-                    try:
-                        return self._push(kind, source, address, packed, captured_ns, deadline)
-                    finally:
-                        source.in_flight -= 1
-        holder = Holder()
+                    source.hold(holder)
+                    return self._push(kind, source, address, holder, packed, captured_ns, deadline)
         staging = self._stage(kind, holder, deadline)
         try:
             _copy(data, staging)
             with self._lock:
-                seq = self._push(kind, staging, staging.address, packed, captured_ns, deadline)
+                seq = self._push(kind, staging, staging.address, holder, packed, captured_ns, deadline)
                 self._copied += 1
                 return seq
         finally:
-            self._discard_staged(staging)
+            if not holder.sent:
+                self._discard_staged(staging, holder)
 
     def reserve(
         self,
@@ -229,18 +299,23 @@ class Sender(Node[SendLink]):
         of the frames that a receiver that left had not released.
         """
         with self._lock:
-            targets = [(link, link.ring.position) for link in self._links]
+            latest = self._seq - 1
 
             def released() -> bool | None:
-                for link, position in targets:
-                    if not link.live:
-                        continue
-                    if link.ring.released < position:
-                        link.ask_credit()
-                        return None
-                    if link.ring.completed < position:
+                self._pump_all()
+                waiting = False
+                for stream in self._streams.values():
+                    oldest = stream.oldest_seq
+                    link = stream.link
+                    if oldest is not None and oldest <= latest:
+                        waiting = True
+                        if link is not None:
+                            link.ask_credit()
+                    elif link is not None and link.ring.completed < link.ring.released:
+                        waiting = True
                         link.fence()
-                        return None
+                if waiting:
+                    return None
                 for loss in self._losses:
                     if loss.unreleased:
                         self._losses.remove(loss)
@@ -250,16 +325,27 @@ class Sender(Node[SendLink]):
             try:
                 self._waiter.wait_locked(released, Deadline(timeout), "flushing")
             except TimeoutExpired as error:
-                waiting = {link.peer: list(link.seqs) for link in self._links if link.ring.outstanding}
                 text = "; ".join(
-                    f"{peer} has not released {len(seqs)} frame{'s' if len(seqs) != 1 else ''}, the first is {seqs[0]}"
-                    for peer, seqs in waiting.items()
-                    if seqs
+                    f"{stream.peer}{'' if stream.link else ', which is to come back,'} has not released {len(seqs)} "
+                    f"frame{'s' if len(seqs) != 1 else ''}, the first is {seqs[0]}"
+                    for stream in self._streams.values()
+                    if (seqs := stream.unreleased)
                 )
                 raise TimeoutExpired(
                     f"{error} {text or 'the device has not confirmed all writes'}.",
                     fix="the receiver must release its frames (leave their `with` blocks) and call recv() again.",
                 ) from None
+
+    def take_drops(self) -> list[Dropped]:
+        """Which frames were dropped for which receiver since the latest call: ranges of numbers, for each receiver in their order.
+
+        Ranges of the same receiver are merged when there are thousands of them.
+        """
+        with self._lock:
+            drops, self._drops = self._drops, []
+            for stream in self._streams.values():
+                drops += stream.take_drops()
+            return drops
 
     def statistics(self) -> SenderStatistics:
         """A snapshot of the counters."""
@@ -267,12 +353,16 @@ class Sender(Node[SendLink]):
             return SenderStatistics(
                 peers=len(self._links),
                 turned_away=sum(server.turned_away for server in self._servers),
+                reconnecting=sum(stream.link is None for stream in self._streams.values()),
+                reconnects=self._reconnects,
                 peers_lost=self._peers_lost,
                 frames=self._seq,
                 bytes=self._bytes,
                 copied=self._copied,
                 waits=self._waits,
-                unreleased=max((link.ring.outstanding for link in self._links), default=0),
+                unreleased=max((stream.holds for stream in self._streams.values()), default=0),
+                dropped=self._dropped_before + sum(stream.dropped for stream in self._streams.values()),
+                unheard=self._unheard,
                 credits_received=self._credits_before + sum(link.credits_received for link in self._links),
                 resizes=self._resizes,
             )
@@ -295,6 +385,9 @@ class Sender(Node[SendLink]):
             return staging
 
     def _free_slot(self, nbytes: int, holder: Holder) -> StagingSlot | None:
+        # What the slowest may hold, and as much again to be filled meanwhile. Who holds up nobody when it is slow needs its own.
+        own = [stream for stream in self._streams.values() if self._balance or stream.when_full != "block"]
+        self._pool.limit = 2 * self._slots * (1 + len(own))
         staging = self._pool.take(nbytes, holder)
         if staging is None:
             for link in self._links:
@@ -310,6 +403,7 @@ class Sender(Node[SendLink]):
     def _push_staged(
         self,
         staging: StagingSlot,
+        holder: Holder,
         array: np.ndarray[Any, Any],
         *,
         metadata: Mapping[str, Any] | None,
@@ -318,65 +412,163 @@ class Sender(Node[SendLink]):
     ) -> int:
         kind = frame_type(array.shape, array.dtype)
         packed = encode_metadata(metadata) if metadata else b""
+        captured_ns = _nanoseconds(captured_ns)
         with self._lock:
-            seq = self._push(kind, staging, staging.address, packed, _nanoseconds(captured_ns), Deadline(timeout))
-            staging.let_go()
-            return seq
+            return self._push(kind, staging, staging.address, holder, packed, captured_ns, Deadline(timeout))
 
-    def _discard_staged(self, staging: StagingSlot) -> None:
+    def _discard_staged(self, staging: StagingSlot, holder: Holder) -> None:
         with self._lock:
-            staging.let_go()
+            staging.let_go(holder)
+            self._waiter.wake()
 
     def _push(
-        self, kind: FrameType, source: Source, address: int, metadata: bytes, captured_ns: int, deadline: Deadline
+        self,
+        kind: FrameType,
+        source: Source,
+        address: int,
+        holder: Holder,
+        metadata: bytes,
+        captured_ns: int,
+        deadline: Deadline,
     ) -> int:
-        """Write the frame to all receivers at once, or to none. With the lock held."""
+        """Give the frame to all receivers at once (or to the one whose turn it is), or to none. With the lock held."""
         self._check_usable()
         if self._seq & 7 == 0:
             self._waiter.poll()  # to notice receivers that have left
         while True:
-            if not self._can_push(kind.payload_bytes):
+            streams = self._takers(kind.payload_bytes)
+            if streams is None:
                 self._waits += 1
                 what = (
                     "waiting for every receiver to have a free slot"
-                    if self._links
+                    if self._streams
                     else "waiting for a receiver to connect"
                 )
-                self._waiter.wait_locked(lambda: self._can_push(kind.payload_bytes), deadline, what)
-            if self._register_for_all(source):
+                streams = self._waiter.wait_locked(lambda: self._takers(kind.payload_bytes), deadline, what)
+            if self._register_for(source, streams):
                 break
-        seq = self._seq
-        pushed_ns = time.time_ns()
+        out = Outgoing(
+            kind,
+            source,
+            address,
+            holder,
+            seq=self._seq,
+            captured_ns=captured_ns,
+            pushed_ns=time.time_ns(),
+            metadata=metadata,
+        )
         interrupt: KeyboardInterrupt | None = None
         done = False
         while not done:
             try:
-                self._seq = seq + 1
-                for link in self._links:
-                    if link.latest_seq != seq and link.live:
-                        link.push(
-                            kind,
-                            source,
-                            address,
-                            seq=seq,
-                            captured_ns=captured_ns,
-                            pushed_ns=pushed_ns,
-                            metadata=metadata,
-                        )
+                self._seq = out.seq + 1
+                for stream in streams:
+                    stream.offer(out, balanced=self._balance)
                 done = True
             except KeyboardInterrupt as error:  # finish what was begun: all receivers get the frame, or none
                 interrupt = error
         self._bytes += kind.payload_bytes
+        if not streams:
+            self._unheard += 1
         if any(not link.live for link in self._links):
             self._drop_ended()
+        if any(stream.pending for stream in streams):
+            self._pump_later()
         if interrupt is not None:
             raise interrupt
-        return seq
+        return out.seq
 
-    def _register_for_all(self, source: Source) -> bool:
+    def _takers(self, nbytes: int) -> list[SendStream] | None:
+        """Who is to get a frame of `nbytes`, once there is room for it; None while there is none. Asks for larger slots where they
+        are too small."""
+        if self._losses or not self._streams:
+            self._check_connected()
+            if self._bound_policies and "block" not in self._bound_policies and not self._opening:
+                return []  # nobody listens, and nobody asked to be waited for
+            return None
+        self._pump_all()
+        streams = list(self._streams.values())
+        for stream in streams:
+            if stream.link is not None and nbytes > stream.link.slot_bytes:
+                self._grow(stream.link, nbytes)
+        if self._balance:
+            return self._taker(streams, nbytes)
+        for stream in streams:
+            if stream.when_full == "block" and not stream.has_room(nbytes):
+                return None
+        return streams
+
+    def _taker(self, streams: list[SendStream], nbytes: int) -> list[SendStream] | None:
+        """The one receiver that can take the most. If none has room: one whose policy drops, where all do; else none, for now."""
+        here = [stream for stream in streams if stream.link is not None] or streams
+        best = max(here, key=lambda stream: (stream.credit, -stream.holds))
+        patient = all(stream.when_full != "block" for stream in here)
+        if best.has_room(nbytes) and (patient or best.credit > 0 or best.link is None):
+            return [best]
+        return [best] if patient else None
+
+    def _pump_all(self) -> None:
+        """Write what waits, as far as there is room."""
+        for stream in self._streams.values():
+            if not stream.pending:
+                continue
+            try:
+                while stream.pump():
+                    link, out = stream.link, stream.pending[0]
+                    if link is None or link.resize_wanted:
+                        break
+                    if link.resize_error is not None:
+                        link.resize_error = None
+                        stream.drop_first(TOO_LARGE, "too_large")
+                        continue
+                    self._ask_for_larger(link, out.payload_bytes)
+                    break
+            except DeviceError as error:  # no room to register memory that waits, as little as there is for the others
+                if stream.link is not None:
+                    stream.link.fail(error)
+        if any(not link.live for link in self._links):
+            self._drop_ended()
+
+    def _pump_later(self) -> None:
+        """See to it that what waits is written also if nobody calls this object. With the lock held."""
+        if not self._closing and (self._pumping is None or not self._pumping.is_alive()):
+            self._pumping = threading.Thread(target=self._pump_main, name="rdmaxfer-pump", daemon=True)
+            self._pumping.start()
+
+    def _pump_main(self) -> None:
+        def pumped() -> bool | None:
+            self._pump_all()
+            waiting = any(stream.pending and stream.link is not None for stream in self._streams.values())
+            return None if waiting else True
+
+        try:
+            with self._lock:
+                try:
+                    self._waiter.wait_locked(pumped, Deadline(None), "writing what waits")
+                finally:
+                    self._pumping = None
+        except (ClosedError, ForkedError):
+            pass
+        except BaseException as error:
+            self.control_failed(error)
+
+    def _join_threads(self) -> None:
+        super()._join_threads()
+        pumping = self._pumping
+        if pumping is not None and pumping.is_alive():
+            pumping.join(MAKING_S)
+
+    def _began(self, stream: SendStream) -> None:
+        if stream.pending:
+            self._pump_later()
+
+    def _register_for(self, source: Source, streams: list[SendStream]) -> bool:
         """Register memory on each receiver's device, where it is not yet: an error here is the caller's, and nothing was sent.
         False if a device turned out to be lost; its links have ended then."""
-        for link in self._links:
+        for stream in streams:
+            link = stream.link
+            if link is None:
+                continue
             try:
                 source.lkey(link.pd)
             except DeviceError as error:
@@ -388,31 +580,17 @@ class Sender(Node[SendLink]):
                 raise
         return True
 
-    def _can_push(self, nbytes: int) -> bool | None:
-        """Whether every receiver can take a frame of `nbytes` now (then True); asks for larger rings where they are too small."""
-        if self._losses or not self._links:
-            self._check_connected()
-            return None
-        can = True
-        for link in self._links:
-            if nbytes > link.slot_bytes:
-                self._grow(link, nbytes)
-                can = False
-            elif not link.can_push(nbytes):
-                can = False
-        return can or None
-
     def _check_size(self, nbytes: int) -> None:
         """Raise FrameTooLarge if some receiver could never take a frame of `nbytes`."""
-        for link in self._links:
-            if nbytes > link.max_slot_bytes:
+        for stream in self._streams.values():
+            if nbytes > stream.max_slot_bytes:
                 raise FrameTooLarge(
-                    f"a frame of {nbytes} bytes is above the limit of {link.max_slot_bytes} bytes of the receiver {link.peer}.",
+                    f"a frame of {nbytes} bytes is above the limit of {stream.max_slot_bytes} bytes of the receiver {stream.peer}.",
                     fix=f"Receiver(max_frame_bytes={nbytes}) at the receiving end, or push smaller frames.",
                 )
-            if not link.fits_queue(nbytes):
+            if stream.link is not None and not stream.link.fits_queue(nbytes):
                 raise FrameTooLarge(
-                    f"a frame of {nbytes} bytes would need more work requests than the send queue to {link.peer} holds.",
+                    f"a frame of {nbytes} bytes would need more work requests than the send queue to {stream.peer} holds.",
                     fix="push smaller frames, or give sender and receiver more slots.",
                 )
 
@@ -421,6 +599,9 @@ class Sender(Node[SendLink]):
         if link.resize_error is not None:
             error, link.resize_error = link.resize_error, None
             raise error
+        self._ask_for_larger(link, nbytes)
+
+    def _ask_for_larger(self, link: SendLink, nbytes: int) -> None:
         if link.resize_wanted:
             return
         connection = self._connections.get(link.session)
@@ -437,8 +618,9 @@ class Sender(Node[SendLink]):
                 return
 
             def idle() -> bool | None:
-                if not registration.in_flight:
+                if not registration.held:
                     return True
+                self._pump_all()
                 for link in self._links:
                     link.fence()
                 return None
@@ -450,7 +632,7 @@ class Sender(Node[SendLink]):
     # --- what the handshake asks (rdmaxfer.handshake) -------------------------------------------------------------------
 
     def _make_link(
-        self, session: bytes, peer: str, domain: Domain, route: Route, lanes: int, owned: ExitStack
+        self, session: bytes, stream: SendStream, domain: Domain, route: Route, lanes: int, owned: ExitStack
     ) -> SendLink:
         from rdmaxfer.fabric.verbs import Endpoint
 
@@ -468,7 +650,7 @@ class Sender(Node[SendLink]):
             remote_write=False,
         )
         owned.callback(endpoint.close)
-        return SendLink(session, peer, endpoint, owned.pop_all(), pd)
+        return SendLink(session, stream, endpoint, owned.pop_all(), pd)
 
     def wishes(self) -> tuple[int, int, int]:
         return self._slots, self._slot_bytes, MAX_SLOT_BYTES
@@ -485,10 +667,32 @@ class Sender(Node[SendLink]):
 
     def prepare_link(self, link: SendLink, theirs: Any, *, path_mtu: int, max_msg_sz: int, max_slot_bytes: int) -> None:
         super().prepare_link(link, theirs, path_mtu=path_mtu, max_msg_sz=max_msg_sz, max_slot_bytes=max_slot_bytes)
-        link.max_slot_bytes = max_slot_bytes
+        link.stream.max_slot_bytes = max_slot_bytes
 
-    def make_ring(self, link: SendLink, slots: int, slot_bytes: int) -> None:
-        link.prepare(slots)
+    def make_ring(self, link: SendLink, slots: int, slot_bytes: int, start: Progress) -> None:
+        with self._lock:
+            link.prepare(slots, start)
+
+    def _find_stream(self, hello: Hello) -> SendStream | None:
+        found = super()._find_stream(hello)
+        if found is None and hello.identity and hello.resume is None:
+            # The successor of a receiver of that name, which was restarted.
+            named = [stream for stream in self._streams.values() if stream.identity == hello.identity]
+            found = named[0] if named else None
+        return found
+
+    def _start_of_new(self, stream: SendStream, hello: Hello) -> Progress:
+        return Progress(released=0, received=0)
+
+    def _start(self, stream: SendStream, hello: Hello) -> Progress:
+        if hello.resume is not None:
+            return hello.resume
+        released = stream.ring.released
+        return Progress(released=released, received=released)
+
+    def check_start(self, link: SendLink, told: Progress | None, accept: Accept) -> None:
+        if told is None and accept.start.received:
+            raise RemoteProtocolError("the receiver says that it has frames of a stream that is only beginning")
 
     def use_ring(self, link: SendLink, ring: RingAddress | None) -> None:
         if ring is None:
@@ -535,35 +739,43 @@ class Sender(Node[SendLink]):
         return link.resize_wanted
 
     def slot_limit(self, link: SendLink) -> int:
-        return link.max_slot_bytes
+        return link.stream.max_slot_bytes
 
     # --- the end -------------------------------------------------------------------------------------------------------
 
-    def _note_end(self, link: SendLink) -> None:
-        super()._note_end(link)
+    def _count_link(self, link: SendLink) -> None:
         self._credits_before += link.credits_received
 
-    def _loss(self, link: SendLink) -> PeerLost | None:
-        unreleased = tuple(link.seqs)
-        error = super()._loss(link)
-        if error is not None:
-            return type(error)(str(error).removesuffix(f" Fix: {error.fix}"), unreleased=unreleased, fix=error.fix)
+    def _loss(self, stream: SendStream, error: RdmaxferError | None) -> PeerLost | None:
+        unreleased = stream.unreleased
+        lost = super()._loss(stream, error)
+        if lost is not None:
+            return type(lost)(str(lost).removesuffix(f" Fix: {lost.fix}"), unreleased=unreleased, fix=lost.fix)
         if unreleased:
-            text = f"the receiver {link.peer} left before it had released {len(unreleased)} of the frames it was sent."
+            text = (
+                f"the receiver {stream.peer} left before it had released {len(unreleased)} of the frames it was sent."
+            )
             return PeerLost(text, unreleased=unreleased)
-        if link.chosen_here:
+        if stream.origin is not None:
             return PeerLost(
-                f"the receiver {link.peer} closed the connection; it has received and released every frame."
+                f"the receiver {stream.peer} closed the connection; it has received and released every frame."
             )
         return None
+
+    def _forget(self, stream: SendStream) -> None:
+        self._dropped_before += stream.dropped
+        self._drops += stream.take_drops()
+        stream.end()
 
     def _say_goodbye(self, deadline: Deadline) -> None:
         """Wait until the devices of all receivers have confirmed every frame, then say goodbye in band, after the last of them."""
 
         def placed() -> bool | None:
+            self._pump_all()
             for link in self._links:
                 link.fence()
-            return None if any(not link.all_completed for link in self._links) else True
+            waiting = any(stream.pending or (stream.link is None and stream.holds) for stream in self._streams.values())
+            return None if waiting or any(not link.all_completed for link in self._links) else True
 
         def told() -> bool | None:
             said = [link.say_bye() for link in self._links]
@@ -573,9 +785,16 @@ class Sender(Node[SendLink]):
             return
         with self._lock:
             try:
-                self._waiter.wait_locked(
-                    placed, deadline, "closing: waiting for the devices to confirm the last frames"
-                )
+                try:
+                    self._waiter.wait_locked(
+                        placed, deadline, "closing: waiting for the devices to confirm the last frames"
+                    )
+                except TimeoutExpired:
+                    away = [stream for stream in self._streams.values() if stream.link is None]
+                    if not away:
+                        raise
+                    for stream in away:
+                        self.give_up(stream, None)
                 try:
                     self._waiter.wait_locked(told, deadline.within(GOODBYE_S), "closing: saying goodbye")
                 except TimeoutExpired as error:
@@ -606,6 +825,11 @@ def _copy(data: np.ndarray[Any, Any], staging: StagingSlot) -> None:
     if data.dtype.fields is not None:
         target.reshape(-1).view(np.uint8)[...] = 0  # nothing of an earlier frame is to show through the padding
     np.copyto(target, data, casting="no")
+
+
+def _check_policy(when_full: str) -> None:
+    if when_full not in WHEN_FULL:
+        raise ValueError(f"when_full is one of {', '.join(map(repr, WHEN_FULL))}, not {when_full!r}")
 
 
 def _nanoseconds(captured_ns: int | None) -> int:

@@ -1,12 +1,14 @@
 """Memory that a sender's work requests read from: its own staging slots, and arrays that the user registered.
 
-Each is registered once for each protection domain (that is, for each device) it is used on, and counts the work requests that
-still read from it: it is neither reused nor unregistered before their completions were polled.
+Each is registered once for each protection domain (that is, for each device) it is used on. Whoever uses it has its `Holder`, or
+something that refers to it: who fills it, the frame that lies in it, work requests whose completions were not polled. When the last
+of them lets go, in whatever way, the memory may be reused or unregistered.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -21,16 +23,33 @@ if TYPE_CHECKING:
     from rdmaxfer.fabric.verbs import ProtectionDomain, Region
 
 
-class Source:
-    """Registered memory with a count of the work requests that read from it."""
+class Holder:
+    """Stands for the use of a piece of memory."""
 
-    __slots__ = ("_regions", "address", "in_flight", "keepalive", "nbytes")
+    __slots__ = ("__weakref__", "sent")
+
+    def __init__(self) -> None:
+        self.sent = False
+        """Whether there is a frame that has it."""
+
+
+class _Use(weakref.ref[Holder]):
+    """Tells when a Holder is gone; knows of which staging slot it was."""
+
+    __slots__ = ("slot",)
+
+    slot: StagingSlot
+
+
+class Source:
+    """Registered memory."""
+
+    __slots__ = ("_regions", "address", "keepalive", "nbytes")
 
     def __init__(self, address: int, nbytes: int, keepalive: object) -> None:
         self.address = address
         self.nbytes = nbytes
         self.keepalive = keepalive
-        self.in_flight = 0
         self._regions: dict[ProtectionDomain, Region] = {}
 
     def lkey(self, pd: ProtectionDomain) -> int:
@@ -43,93 +62,76 @@ class Source:
         return region.lkey
 
     def unregister(self) -> None:
-        """End every registration. Only when `in_flight` is 0."""
+        """End every registration. Only when nobody holds the memory."""
         regions, self._regions = self._regions, {}
         for region in regions.values():
             region.close()
 
-    def idle(self) -> None:
-        """`in_flight` has become 0."""
-
 
 class StagingSlot(Source):
-    """One staging slot. It is free when nobody holds it and no work request reads from it."""
+    """One staging slot. It is free when its holder is gone."""
 
-    __slots__ = ("_owner", "_pool", "buffer")
+    __slots__ = ("_use", "buffer")
 
-    def __init__(self, nbytes: int, pool: StagingPool) -> None:
+    def __init__(self, nbytes: int) -> None:
         buffer = Buffer(nbytes)
         super().__init__(buffer.address, buffer.nbytes, buffer)
         self.buffer = buffer
-        self._pool = pool
-        self._owner: weakref.ref[Holder] | None = None
+        self._use: _Use | None = None
 
     @property
     def free(self) -> bool:
-        return not self.in_flight and (self._owner is None or self._owner() is None)
+        return self._use is None or self._use() is None
 
-    def hold(self, holder: Holder) -> None:
-        self._owner = holder.reference
+    def hold(self, holder: Holder, gone: Callable[[weakref.ref[Holder]], object]) -> None:
+        """`gone` is called when the holder is; it has to be of C, as Ctrl-C in it would be lost."""
+        use = _Use(holder, gone)
+        use.slot = self
+        self._use = use
 
-    def let_go(self) -> None:
-        """Its holder is done with it; harmless to repeat."""
-        self._owner = None
-        self.idle()
-
-    def idle(self) -> None:
-        if self.free:
-            self._pool.freed(self)
-
-
-class Holder:
-    """Stands for who holds a staging slot: when it is collected, its slot is free, however its holder came to an end."""
-
-    __slots__ = ("__weakref__", "reference")
-
-    def __init__(self) -> None:
-        self.reference = weakref.ref(self)
+    def let_go(self, holder: Holder) -> None:
+        """Its holder is done with it, unless it is a frame's by now. The holder itself can be kept by the traceback of an error."""
+        if not holder.sent and self._use is not None and self._use() is holder:
+            self._use = None
 
 
 class StagingPool:
-    """At most `slots` staging slots, made when first needed and grown when a larger frame comes. Latest freed, first reused: it
+    """At most `limit` staging slots, made when first needed and grown when a larger frame comes. Latest freed, first reused: it
     is still in the cache."""
 
-    def __init__(self, slots: int) -> None:
-        self.slots = slots
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        """May be changed at any time; slots that are there already stay."""
         self._all: list[StagingSlot] = []
-        self._freed: list[StagingSlot] = []
-        """Slots that were freed; some of them may be in use again, and not all that are free are here."""
+        self._gone: list[weakref.ref[Holder]] = []
+        """Uses that have ended. Their slots may be in use again, and not all slots that are free are here."""
 
     def __repr__(self) -> str:
-        return f"<StagingPool {sum(not slot.free for slot in self._all)} of {self.slots} in use>"
-
-    def freed(self, slot: StagingSlot) -> None:
-        self._freed.append(slot)
+        return f"<StagingPool {sum(not slot.free for slot in self._all)} of {self.limit} in use>"
 
     def take(self, nbytes: int, holder: Holder) -> StagingSlot | None:
-        """A slot of at least `nbytes`, or None while all are in use."""
+        """A slot of at least `nbytes`, held by `holder`; None while all are in use."""
         slot = self._pop()
-        if slot is None and len(self._all) >= self.slots:
-            self._freed = [slot for slot in self._all if slot.free]  # those whose holders forgot them
-            slot = self._pop()
+        if slot is None and len(self._all) >= self.limit:
+            slot = next((slot for slot in self._all if slot.free), None)  # Ctrl-C behind a _pop lost it
             if slot is None:
                 return None
         if slot is None or slot.nbytes < nbytes:
-            fresh = StagingSlot(nbytes, self)
+            fresh = StagingSlot(nbytes)
             if slot is None:
                 self._all.append(fresh)
             else:
                 slot.unregister()
                 self._all[self._all.index(slot)] = fresh
             slot = fresh
-        slot.hold(holder)
+        slot.hold(holder, self._gone.append)
         return slot
 
     def _pop(self) -> StagingSlot | None:
-        while self._freed:
-            slot = self._freed.pop()
-            if slot.free and slot in self._all:
-                return slot
+        while self._gone:
+            use = self._gone.pop()
+            if isinstance(use, _Use) and use.slot.free and use.slot in self._all:
+                return use.slot
         return None
 
     def forget(self, slot: Source) -> None:
@@ -140,7 +142,7 @@ class StagingPool:
 
     def close(self) -> None:
         """Unregister all slots; nothing may read from them any more."""
-        self._freed.clear()
+        self._gone.clear()
         while self._all:
             self._all.pop().unregister()
 
@@ -152,7 +154,7 @@ class Registration(Source):
     the caller's and stays.
     """
 
-    __slots__ = ("_close",)
+    __slots__ = ("_close", "_uses")
 
     def __init__(self, array: np.ndarray[Any, Any], close: Callable[[Registration], None]) -> None:
         bounds: Any = np.lib.array_utils if hasattr(np.lib, "array_utils") else np  # moved in numpy 2
@@ -163,12 +165,23 @@ class Registration(Source):
             )
         super().__init__(low, high - low, array)
         self._close = close
+        self._uses: deque[weakref.ref[Holder]] = deque()
 
     def __repr__(self) -> str:
         return f"<Registration {self.nbytes} bytes at {self.address:#x}>"
 
     def covers(self, address: int, nbytes: int) -> bool:
         return self.address <= address and address + nbytes <= self.address + self.nbytes
+
+    def hold(self, holder: Holder) -> None:
+        """Keep it registered as long as `holder` is there."""
+        while self._uses and self._uses[0]() is None:
+            self._uses.popleft()
+        self._uses.append(weakref.ref(holder))
+
+    @property
+    def held(self) -> bool:
+        return any(use() is not None for use in self._uses)
 
     def close(self) -> None:
         """Wait until no push reads from the memory, then unregister it. Doing it twice is harmless."""

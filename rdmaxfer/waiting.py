@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 SLICE_S = 0.1
 """Longest uninterrupted sleep: Ctrl-C is noticed within this time even if the signal went to another thread."""
 
+SETTLE_S = 1.0
+"""How long a thread that polls may take to do so."""
+
 L = TypeVar("L", bound=Link)
 T = TypeVar("T")
 
@@ -73,6 +76,7 @@ class Waiter(Generic[L]):
         self._poller: Poller | None = None
         self._polled: tuple[L, ...] = ()
         """The links that the latest poll looked at; completions refer to them by index."""
+        self._polls = 0
         self._turn = 0
         """The poll that `_handled` is about."""
         self._handled = 0
@@ -121,8 +125,16 @@ class Waiter(Generic[L]):
     def rest(self, until: Callable[[], bool], timeout_s: float) -> None:
         """Sleep until `until()`, without polling, and without `check`; or until the time is up."""
         deadline = Deadline(timeout_s)
-        while not until() and deadline.left_s() > 0:
-            self._follow(SLICE_S)
+        while not until() and (left_s := deadline.left_s()) > 0:
+            self._follow(min(SLICE_S, left_s))
+
+    def settle(self) -> None:
+        """Handle what has arrived by now, also if it is another thread that polls."""
+        polls = self._polls
+        if self._leader:
+            self.wake()
+            self.rest(lambda: not self._leader or self._polls != polls, SETTLE_S)
+        self.poll()
 
     def poll(self) -> None:
         """Poll without sleeping, and handle what there is; nothing while a leader polls."""
@@ -134,6 +146,7 @@ class Waiter(Generic[L]):
             self._watch(poller)
             poller.poll()
             self._dispatch(poller)
+        self._polls += 1
         for link in self.links:
             if not link.live:
                 self._ended()

@@ -25,7 +25,19 @@ import rdmaxfer
 from rdmaxfer import frame as framing
 from rdmaxfer import inband
 from rdmaxfer.cm import messages
-from rdmaxfer.cm.messages import Accept, Bye, Gone, Hello, Ready, Renew, Renewed, Resized, RingAddress, Started
+from rdmaxfer.cm.messages import (
+    Accept,
+    Bye,
+    Gone,
+    Hello,
+    Progress,
+    Ready,
+    Renew,
+    Renewed,
+    Resized,
+    RingAddress,
+    Started,
+)
 from rdmaxfer.fabric.devices import Route
 from rdmaxfer.fabric.poller import Poller
 from rdmaxfer.fabric.verbs import Domain, Endpoint
@@ -44,6 +56,7 @@ class Rogue:
 
     def __init__(self, route: Route, *, recv_depth: int = 64, lanes: int = 1) -> None:
         self.session = secrets.token_bytes(16)
+        self.node = secrets.token_bytes(16)
         self.request = 0
         self._at = 0
         self.lease_s = 5.0
@@ -108,6 +121,10 @@ class RogueSender(Rogue):
         self.socket.connect(endpoint)
         wishes = {
             "role": self.role,
+            "node": secrets.token_bytes(16),
+            "stream": secrets.token_bytes(16),
+            "identity": "",
+            "resume": None,
             "fabrics": (verbs_address(self.endpoint),),
             "slots": SLOTS,
             "slot_bytes": SLOT_BYTES,
@@ -221,6 +238,8 @@ class RogueReceiver(Rogue):
             return Accept(
                 **envelope,
                 role="receiver",
+                node=self.node,
+                start=Progress(released=0, received=0),
                 fabric=mine,
                 reason="",
                 path_mtu=min(mine.active_mtu, theirs.active_mtu),
