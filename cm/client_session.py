@@ -17,6 +17,7 @@ from rdmaxfer.cm.messages import (
     NO_SESSION,
     Accept,
     Bye,
+    End,
     Gone,
     Hello,
     Message,
@@ -214,8 +215,10 @@ class ClientSession:
         self._resizes.append(resize)
         self._next_resize(now_s)
 
-    def bye(self, reason: str, now_s: float, deadline_s: float) -> None:
-        """Leave. `ended(None)` follows when the peer has answered, and at `deadline_s` (a time, not a duration) at the
+    def bye(self, reason: str, now_s: float, deadline_s: float, end: End = "goodbye") -> None:
+        """Leave; `end` tells the peer for how long.
+
+        `ended(None)` follows when the peer has answered, and at `deadline_s` (a time, not a duration) at the
         latest. Once it is leaving anyway, this can only bring the deadline forward."""
         match self.state:
             case ClientState.IDLE:
@@ -225,7 +228,7 @@ class ClientSession:
             case ClientState.CLOSING:
                 self._deadline_s = min(self._deadline_s, deadline_s)
             case _:
-                self._leave(reason, now_s, deadline_s)
+                self._leave(reason, now_s, deadline_s, end)
 
     def abort(self, error: RdmaxferError | None) -> None:
         """End at once, without a word to the peer: there is no way to send any more."""
@@ -319,19 +322,20 @@ class ClientSession:
         self._out = self._data
         self._sent_s = now_s
 
-    def _leave(self, reason: str, now_s: float, deadline_s: float) -> None:
+    def _leave(self, reason: str, now_s: float, deadline_s: float, end: End) -> None:
         self._move(ClientEvent.LEAVE)
         self._deadline_s = deadline_s
         self._resizes.clear()
         text = reason.encode("utf-8", "replace").decode()[:MAX_TEXT_CHARS]
-        self._ask(Bye(session=self.session_id, request=1, reason=text), now_s)
+        self._ask(Bye(session=self.session_id, request=1, end=end, reason=text), now_s)
 
     def _fail(self, error: RdmaxferError, now_s: float) -> None:
         """End because of an error: the handler knows at once, the peer if it can be reached."""
         if self.state is ClientState.CLOSING:
             self._over(None)
         elif self.state is not ClientState.ENDED:
-            self._leave(str(error), now_s, now_s + BYE_TIMEOUT_S)
+            end: End = "broken" if isinstance(error, PeerLost | ConnectTimeout) else "lost"
+            self._leave(str(error), now_s, now_s + BYE_TIMEOUT_S, end)
             self._tell(error)
 
     def _over(self, error: RdmaxferError | None) -> None:

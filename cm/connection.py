@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 from rdmaxfer.cm.latch import Call, Latch
-from rdmaxfer.cm.messages import Accept, Hello, Refuse, Resized, RingAddress
+from rdmaxfer.cm.messages import Accept, End, Hello, Refuse, Resized, RingAddress
 from rdmaxfer.cm.protocol import ClientHandler, ServerStatistics
 from rdmaxfer.errors import ClosedError, LocalProtocolError, RdmaxferError, TimeoutExpired
 
@@ -81,10 +81,12 @@ class Connection:
         `resized`; the call only tells whether the request was valid."""
         return self._control.call(lambda: self._session_call("resize", wanted_bytes, ring))
 
-    def bye(self, reason: str, timeout_s: float = 1.0) -> None:
-        """Leave, and wait until the peer knows, but no longer than `timeout_s`; from the control thread: don't wait."""
+    def bye(self, reason: str, timeout_s: float = 1.0, end: End = "goodbye") -> None:
+        """Leave (`end` tells the peer for how long).
+
+        Wait until the peer knows, but no longer than `timeout_s`; from the control thread: don't wait."""
         deadline_s = monotonic_s() + timeout_s
-        self._control.run(lambda: self._session_call("bye", reason, deadline_s), timeout_s + CALL_TIMEOUT_S)
+        self._control.run(lambda: self._session_call("bye", reason, deadline_s, end), timeout_s + CALL_TIMEOUT_S)
         if not self._control.is_control_thread:
             self._wait(self._over, timeout_s + CALL_TIMEOUT_S, "the connection did not end")
 
@@ -97,7 +99,7 @@ class Connection:
         if channel is None:
             raise LocalProtocolError("the connection is not set up yet")
         if what == "bye":
-            channel.session.bye(args[0], monotonic_s(), args[1])
+            channel.session.bye(args[0], monotonic_s(), args[1], args[2])
         else:
             channel.session.request_resize(args[0], args[1], monotonic_s())
 

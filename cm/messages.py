@@ -40,9 +40,11 @@ MAX_SLOT_BYTES = 0xFF_FFFF * 4096
 """The most that the in-band RESIZE_WANTED can ask for."""
 MAX_LEASE_S = 86400.0
 MIN_LEASE_S = 0.05
+MAX_RECONNECT_S = 86400.0
 PATH_MTUS = (256, 512, 1024, 2048, 4096)
 ADDRESS_END = 1 << 64
 
+End: TypeAlias = Literal["goodbye", "broken", "lost"]
 Role: TypeAlias = Literal["sender", "receiver"]
 
 SessionId: TypeAlias = Annotated[bytes, Meta(min_length=SESSION_BYTES, max_length=SESSION_BYTES)]
@@ -134,7 +136,8 @@ class Hello(_Message, frozen=True, tag="hello"):
 
     `node` stands for the object that asks, `stream` for the frames between it and its peer, over however many connections. A
     receiver with an `identity` is the successor of any other with the same one. `resume` is there when `stream` is to go on: a
-    receiver says what it has, a sender from where it kept frames (`released`) and what it has written (`received`)."""
+    receiver says what it has, a sender from where it kept frames (`released`) and what it has written (`received`). For
+    `reconnect_s` seconds this side will try to come back if the connection breaks."""
 
     role: Role
     node: _Id
@@ -146,6 +149,7 @@ class Hello(_Message, frozen=True, tag="hello"):
     slot_bytes: _SlotWish
     max_slot_bytes: _SlotBytes
     lease_s: _Lease
+    reconnect_s: Annotated[float, Meta(ge=0, le=MAX_RECONNECT_S)]
     name: _Name
 
 
@@ -203,8 +207,10 @@ class Resized(_Message, frozen=True, tag="resized"):
 
 
 class Bye(_Message, frozen=True, tag="bye"):
-    """The connecting side leaves."""
+    """The connecting side leaves: for good ("goodbye"), because the connection broke, for which it may come back ("broken"), or for
+    another error, after which it will not ("lost")."""
 
+    end: End
     reason: _Text
 
 

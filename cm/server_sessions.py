@@ -20,6 +20,7 @@ from rdmaxfer.cm.messages import (
     PROTOCOL_VERSION,
     Accept,
     Bye,
+    End,
     Gone,
     Hello,
     Message,
@@ -60,8 +61,9 @@ class ServerHandler(Protocol):
     def wanted(self, session: bytes) -> int:
         """Slot bytes that a sender here waits for, to be told to the receiver; 0 for none."""
 
-    def gone(self, session: bytes, reason: str, graceful: bool) -> None:
-        """Called exactly once for every session that `hello` accepted. `graceful`: one of the sides said it leaves."""
+    def gone(self, session: bytes, reason: str, end: End) -> None:
+        """Called exactly once for every session that `hello` accepted. `end`: "goodbye" if one of the sides said that it leaves,
+        "broken" if the peer may come back, "lost" if it will not."""
 
     def failed(self, error: Exception) -> None:
         """This handler raised `error`. What `failed` itself raises goes to the caller of the method."""
@@ -175,7 +177,7 @@ class ServerSessions:
                 text = f"nothing was heard of the peer for {session.lease_s:g} s"
             else:
                 text = f"the peer was accepted, but was not ready within {self._handshake_timeout_s:g} s"
-            self._end(session, text, graceful=False)
+            self._end(session, text, "broken")
 
     def next_deadline(self) -> float | None:
         """When `on_tick` has something to do; None if there is nothing to wait for."""
@@ -186,7 +188,7 @@ class ServerSessions:
         session = self._sessions.get(session_id)
         if session is None:
             return False
-        self._end(session, reason, graceful=True, code=code)
+        self._end(session, reason, "goodbye", code=code)
         return True
 
     def close(self, reason: str) -> None:
@@ -194,7 +196,7 @@ class ServerSessions:
         self._closed = self._closed or _short(reason)
         for session in list(self._sessions.values()):
             if session.state is not ServerState.ENDED:
-                self._end(session, reason, graceful=True, code=RefuseCode.CLOSING)
+                self._end(session, reason, "goodbye", code=RefuseCode.CLOSING)
 
     def statistics(self) -> ServerStatistics:
         return ServerStatistics(
@@ -239,7 +241,7 @@ class ServerSessions:
         session = _Session(hello.session, hello, lease_s, now_s + self._handshake_timeout_s)
         self._sessions[session.id] = session
         if self._closed is not None:  # by the handler itself
-            self._end(session, self._closed, graceful=True, code=RefuseCode.CLOSING)
+            self._end(session, self._closed, "goodbye", code=RefuseCode.CLOSING)
             return self._refuse(key, RefuseCode.CLOSING, self._closed)
         try:
             if reply.role == hello.role:
@@ -294,7 +296,8 @@ class ServerSessions:
             case Bye():
                 gone = encode(Gone(session=session.id, request=message.request))
                 session.digest = _digest(data)
-                self._end(session, f"the peer said goodbye: {message.reason}", graceful=True, reply=gone)
+                word = "said goodbye" if message.end == "goodbye" else "ended it"
+                self._end(session, f"the peer {word}: {message.reason}", message.end, reply=gone)
                 return gone
             case _:
                 wanted_bytes = self._handler.wanted(session.id)
@@ -305,7 +308,7 @@ class ServerSessions:
         if isinstance(reply, Refuse) and isinstance(message, Ready):
             refusal = self._send_refusal(key, reply)
             session.digest = _digest(data)
-            self._end(session, f"it was refused: {reply.message}", graceful=False, reply=refusal)
+            self._end(session, f"it was refused: {reply.message}", "lost", reply=refusal)
             return refusal
         sent = self._done(session, message, data, reply)
         if isinstance(message, Ready):
@@ -335,7 +338,7 @@ class ServerSessions:
 
     def _crashed(self, session: _Session, key: tuple[bytes, int], error: Exception) -> bytes:
         if session.id in self._sessions:
-            self._end(session, f"an internal error: {error!r}", graceful=False)
+            self._end(session, f"an internal error: {error!r}", "lost")
         self._handler.failed(error)
         return self._internal(key, error)
 
@@ -343,8 +346,8 @@ class ServerSessions:
         self,
         session: _Session,
         text: str,
+        end: End,
         *,
-        graceful: bool,
         code: RefuseCode = RefuseCode.UNKNOWN_SESSION,
         reply: bytes = b"",
     ) -> None:
@@ -353,7 +356,7 @@ class ServerSessions:
         session.state = ServerState.ENDED
         self._remember(session.id, _Past(session.digest, reply, code, _short(f"this session has ended: {text}")))
         try:
-            self._handler.gone(session.id, text, graceful)
+            self._handler.gone(session.id, text, end)
         except Exception as error:
             self._handler.failed(error)
 

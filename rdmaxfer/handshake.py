@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
 from rdmaxfer.cm import messages
-from rdmaxfer.cm.messages import Accept, Hello, Ready, Refuse, RefuseCode, Resize, Resized, RingAddress, Started
+from rdmaxfer.cm.messages import Accept, End, Hello, Ready, Refuse, RefuseCode, Resize, Resized, RingAddress, Started
 from rdmaxfer.errors import ClosedError, DeviceError, NoDevice, PeerLost, RdmaxferError, Refused, RemoteProtocolError
 from rdmaxfer.fabric.devices import ETHERNET
 from rdmaxfer.fabric.route import gid_to_ip
@@ -157,10 +157,12 @@ class Acceptor(Generic[L, S]):
     def wanted(self, session: bytes) -> int:
         return self._node.wanted(self._links[session])
 
-    def gone(self, session: bytes, reason: str, graceful: bool) -> None:
+    def gone(self, session: bytes, reason: str, end: End) -> None:
         link = self._links.pop(session, None)
         if link is not None:
-            error = None if graceful else PeerLost(f"{link.peer} is gone: {reason}")
+            error = None if end == "goodbye" else PeerLost(f"{link.peer} is gone: {reason}")
+            if end == "lost":
+                link.final = True
             self._node.session_ended(link, error)
 
     def failed(self, error: Exception) -> None:
@@ -200,6 +202,7 @@ class Connector(Generic[L, S]):
             slot_bytes=slot_bytes,
             max_slot_bytes=max_slot_bytes,
             lease_s=node.lease_s,
+            reconnect_s=node.reconnect_s,
             name=node.name,
         )
 

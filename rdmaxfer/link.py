@@ -70,6 +70,8 @@ class Link:
         self.error: RdmaxferError | None = None
         self.reason = ""
         """Why this fabric, device and GID were chosen."""
+        self.final = False
+        """Whether, however it ends, no other connection is to be waited for."""
         self.torn_down = False
         self.work: threading.Thread | None = None
         """Registers memory for this link beside the control thread; to be waited for before the end."""

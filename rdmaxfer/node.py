@@ -52,8 +52,6 @@ CONNECT_GRACE_S = 5.0
 BYE_S = 1.0
 """How long to wait for the peer's answer to BYE."""
 
-MAX_RECONNECT_S = 86400.0
-
 MAKING_S = 10.0
 """How long `close` waits for a `connect` or `bind` of another thread that is in the middle of making something."""
 
@@ -85,6 +83,13 @@ def _curve(secret_key: str | os.PathLike[str] | None, allowed_keys: str | os.Pat
             )
         return None
     return Curve(load_identity(secret_key), AllowedKeys(allowed_keys) if allowed_keys is not None else None)
+
+
+def _end(link: Link) -> messages.End:
+    """How to tell the peer that a link has ended."""
+    if link.error is None:
+        return "goodbye"
+    return "broken" if isinstance(link.error, PeerLost) else "lost"
 
 
 if hasattr(os, "register_at_fork"):
@@ -141,9 +146,11 @@ class Node(Generic[L, S]):
             raise ValueError(f"lease_s is a number of seconds from 0.2 to {messages.MAX_LEASE_S:.0f}, not {lease_s!r}")
         if not 0 <= spin_s <= 1:
             raise ValueError(f"spin_s is a number of seconds from 0 to 1, not {spin_s!r}")
-        if not 0 <= reconnect_s <= MAX_RECONNECT_S:
-            raise ValueError(f"reconnect_s is a number of seconds from 0 to {MAX_RECONNECT_S:.0f}, not {reconnect_s!r}")
-        self._reconnect_s = reconnect_s if reconnect else 0.0
+        if not 0 <= reconnect_s <= messages.MAX_RECONNECT_S:
+            raise ValueError(
+                f"reconnect_s is a number of seconds from 0 to {messages.MAX_RECONNECT_S:.0f}, not {reconnect_s!r}"
+            )
+        self.reconnect_s = reconnect_s if reconnect else 0.0
         self._on_state = on_state
         self._curve = _curve(secret_key, allowed_keys)
         self._device = device if device is not None else os.environ.get("RDMAXFER_DEVICE") or None
@@ -240,7 +247,9 @@ class Node(Generic[L, S]):
             key = load_public_key(peer_key)
         Deadline(timeout)  # refuses what is no timeout
         origin = Origin(endpoint, parse(endpoint).host, key)
-        self.reach(new_stream(secrets.token_bytes(messages.SESSION_BYTES), origin), timeout)
+        stream = new_stream(secrets.token_bytes(messages.SESSION_BYTES), origin)
+        stream.reconnect_s = self.reconnect_s
+        self.reach(stream, timeout)
 
     def reach(self, stream: S, timeout: float | None) -> None:
         """Connect a stream that has an origin, for the first time or again. Raises what `connect` does."""
@@ -364,6 +373,8 @@ class Node(Generic[L, S]):
                     self._streams[stream.id] = stream
                 start = self._start(stream, hello)
             stream.identity = hello.identity
+            # A named one may have a successor, whatever it means to do itself.
+            stream.reconnect_s = self.reconnect_s if hello.identity else min(self.reconnect_s, hello.reconnect_s)
             if not stream.peer:
                 stream.peer = hello.name
             return stream, start
@@ -551,7 +562,7 @@ class Node(Generic[L, S]):
         if stream.link is not link:
             return
         stream.link = None
-        if self._reconnect_s and isinstance(error, PeerLost) and not self._closing:
+        if stream.reconnect_s and not link.final and isinstance(error, PeerLost) and not self._closing:
             self._await(stream, error)
         else:
             self._end_stream(stream, error)
@@ -563,17 +574,17 @@ class Node(Generic[L, S]):
         """The connection broke: see to it that there will be another one, or that the stream ends. With the lock held."""
         stream.lost = error
         stream.waits += 1
-        log.info("%s; waiting up to %g s for another connection", error, self._reconnect_s)
+        log.info("%s; waiting up to %g s for another connection", error, stream.reconnect_s)
         self._tell_state(StateChange(stream.peer, "reconnecting", error, str(error)))
         if stream.origin is not None:
             self._reconnecting = [each for each in self._reconnecting if each.is_alive()]
-            self._reconnecting.append(Reconnecting(self, stream, self._reconnect_s))
+            self._reconnecting.append(Reconnecting(self, stream, stream.reconnect_s))
             return
         waiting = [other for other in self._streams.values() if other.link is None and other.origin is None]
         if len(waiting) > self._max_peers:
             self.give_up(waiting[0], None)
         expire = functools.partial(self._expire, stream, stream.waits)
-        self._later(self._reconnect_s, expire)
+        self._later(stream.reconnect_s, expire)
 
     def _expire(self, stream: S, waits: int) -> None:
         with self._lock:
@@ -589,7 +600,7 @@ class Node(Generic[L, S]):
             if error is not None and lost is not None:
                 lost = PeerLost(f"{lost} It could not be connected with again: {error}", fix=error.fix)
             elif lost is not None:
-                lost = type(lost)(f"{lost} It has not come back within {self._reconnect_s:g} s.")
+                lost = type(lost)(f"{lost} It has not come back within {stream.reconnect_s:g} s.")
             self._end_stream(stream, lost)
             self._waiter.wake()
 
@@ -641,7 +652,7 @@ class Node(Generic[L, S]):
             code = messages.RefuseCode.MALFORMED if hostile else messages.RefuseCode.CLOSING
             self._control.end(link.session, reason, code)
         elif not connection.ended:
-            connection.bye(reason, BYE_S)
+            connection.bye(reason, BYE_S, _end(link))
         self.retire(link)
 
     def session_ended(self, link: L, error: RdmaxferError | None) -> None:

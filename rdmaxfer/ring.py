@@ -145,6 +145,7 @@ class RecvRing:
     def begin_at(self, position: int) -> None:
         """The sender has frames from `position` on only. Before anything arrived."""
         self.received = self.released = self.announced = position
+        self.next_on = next_on_lanes(position, self.lanes)
 
     def __repr__(self) -> str:
         return (

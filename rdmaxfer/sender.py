@@ -48,6 +48,9 @@ if TYPE_CHECKING:
 RESIZE_RETRY_S = 0.02
 """How long to leave a receiver that is registering memory for larger slots alone."""
 
+WATCH_S = 0.2
+"""How often to look after frames that are on their way, if nobody else does."""
+
 log = logging.getLogger("rdmaxfer")
 
 GOODBYE_S = 1.0
@@ -171,6 +174,7 @@ class Sender(Node[SendLink, SendStream]):
         self._drops: list[Dropped] = []
         """Of receivers that are gone."""
         self._unheard = 0
+        self._watching = False
         self._pumping: threading.Thread | None = None
 
     # --- connections -----------------------------------------------------------------------------------------------------
@@ -474,6 +478,8 @@ class Sender(Node[SendLink, SendStream]):
             self._drop_ended()
         if any(stream.pending for stream in streams):
             self._pump_later()
+        if not self._watching:
+            self._watch_later()
         if interrupt is not None:
             raise interrupt
         return out.seq
@@ -528,6 +534,18 @@ class Sender(Node[SendLink, SendStream]):
                     stream.link.fail(error)
         if any(not link.live for link in self._links):
             self._drop_ended()
+
+    def _watch_later(self) -> None:
+        """While frames are not released, see to it that errors are noticed also if nobody calls this object. With the lock held."""
+        self._later(WATCH_S, self._watch)
+        self._watching = True
+
+    def _watch(self) -> None:
+        with self._lock:
+            self._watching = False
+            self._waiter.poll()
+            if not self._closing and any(stream.holds for stream in self._streams.values()):
+                self._watch_later()
 
     def _pump_later(self) -> None:
         """See to it that what waits is written also if nobody calls this object. With the lock held."""

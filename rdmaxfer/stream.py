@@ -36,6 +36,8 @@ class Stream(Generic[L]):
         """As it calls itself; until it has, its host."""
         self.identity = ""
         """What a successor of this peer would be recognised by; "" for nothing."""
+        self.reconnect_s = 0.0
+        """How long to wait for another connection when one breaks."""
         self.link: L | None = None
         """The connection in use; None while it waits for one."""
         self.lost: PeerLost | None = None

@@ -292,6 +292,7 @@ def hello(**changes: Any) -> messages.Hello:
         "slot_bytes": 0,
         "max_slot_bytes": 1 << 20,
         "lease_s": 1.0,
+        "reconnect_s": 0.0,
         "name": "stranger",
     }
     return messages.Hello(**{**fields, **changes})
@@ -396,7 +397,9 @@ ODD = {
         messages.Gone(session=bytes(15) + b"\1", request=1),
     ),
     "session zero": messages.encode(hello(session=bytes(16))),
-    "a goodbye of nobody": messages.encode(messages.Bye(session=secrets.token_bytes(16), request=4, reason="")),
+    "a goodbye of nobody": messages.encode(
+        messages.Bye(session=secrets.token_bytes(16), request=4, end="goodbye", reason="")
+    ),
     "an address that is none": messages.encode(
         hello(
             fabrics=(

@@ -62,18 +62,19 @@ def test_both_sides_hear_of_each_other(bind: str) -> None:
 
 def test_a_peer_that_was_killed_is_lost_although_nobody_polls() -> None:
     log = Log()
-    with rdmaxfer.Receiver(on_state=log, lease_s=1.0) as rx:
+    with rdmaxfer.Receiver(on_state=log, lease_s=1.0, reconnect_s=1.0) as rx:
         victim = spawn(VICTIM, rx.bind("tcp://127.0.0.1:*"))
         try:
             wait_until(lambda: log.states == ["connected"], "it connected")
         finally:
             victim.kill()
             victim.communicate()
-        wait_until(lambda: log.states == ["connected", "lost"], "its loss was told")
-        error = log.changes[1].error
-        assert isinstance(error, rdmaxfer.PeerLost)
-        assert log.changes[1].reason == str(error)
-        assert f"/{victim.pid}" in log.changes[1].peer
+        wait_until(lambda: log.states == ["connected", "reconnecting", "lost"], "its loss was told")
+        for change in log.changes[1:]:
+            assert isinstance(change.error, rdmaxfer.PeerLost)
+            assert change.reason == str(change.error)
+            assert f"/{victim.pid}" in change.peer
+        assert "not come back within 1 s" in log.changes[2].reason
 
 
 def test_a_callback_that_fails_harms_nothing(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,4 +1,5 @@
-"""Processes that are killed or stopped under load: the survivor notices within the lease, and nothing stays behind."""
+"""Processes that are killed or stopped under load, without reconnecting: the survivor notices within the lease, and nothing stays
+behind. (With it: test_resume.py, test_killed.py.)"""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ NOTICED_S = 12.0
 SENDER = """
 import sys, numpy as np, rdmaxfer
 how, endpoint = sys.argv[1:]
-with rdmaxfer.Sender(lease_s=1.0, slots=4) as tx:
+with rdmaxfer.Sender(lease_s=1.0, slots=4, reconnect=False) as tx:
     if how == "connect":
         tx.connect(endpoint, timeout=60)
     else:
@@ -40,7 +41,7 @@ with rdmaxfer.Sender(lease_s=1.0, slots=4) as tx:
 RECEIVER = """
 import sys, rdmaxfer
 how, endpoint = sys.argv[1:]
-with rdmaxfer.Receiver(lease_s=1.0, slots=4) as rx:
+with rdmaxfer.Receiver(lease_s=1.0, slots=4, reconnect=False) as rx:
     if how == "connect":
         rx.connect(endpoint, timeout=60)
     else:
@@ -115,7 +116,7 @@ def forget_peers(node: Any) -> None:
 @pytest.mark.parametrize("how", ["connect", "bind"])
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 def test_a_sender_that_dies_under_load(how: str, blow: signal.Signals) -> None:
-    with rdmaxfer.Receiver(lease_s=LEASE_S, slots=4) as rx:
+    with rdmaxfer.Receiver(lease_s=LEASE_S, slots=4, reconnect=False) as rx:
         endpoint = rx.bind("tcp://127.0.0.1:*")
         with peer(SENDER, "connect", rx, endpoint):  # a first one, so that what is made once is there
             rx.recv(timeout=TIMEOUT_S).release()
@@ -143,7 +144,7 @@ def test_a_sender_that_dies_under_load(how: str, blow: signal.Signals) -> None:
 @pytest.mark.parametrize("how", ["connect", "bind"])
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 def test_a_receiver_that_dies_under_load(how: str, blow: signal.Signals) -> None:
-    with rdmaxfer.Sender(lease_s=LEASE_S, slots=4) as tx:
+    with rdmaxfer.Sender(lease_s=LEASE_S, slots=4, reconnect=False) as tx:
         endpoint = tx.bind("tcp://127.0.0.1:*")
         with peer(RECEIVER, "connect", tx, endpoint):
             tx.push(picture(0), timeout=TIMEOUT_S)

@@ -65,8 +65,10 @@ def device(route: Route) -> Iterator[SoftRoCE]:
 
 
 @contextlib.contextmanager
-def connected(device: SoftRoCE, bind: str) -> Iterator[tuple[rdmaxfer.Sender, rdmaxfer.Receiver]]:
-    options: dict[str, Any] = {"device": device.name}
+def connected(
+    device: SoftRoCE, bind: str, *, reconnect: bool = False
+) -> Iterator[tuple[rdmaxfer.Sender, rdmaxfer.Receiver]]:
+    options: dict[str, Any] = {"device": device.name, "reconnect": reconnect}
     with pair(bind=bind, host=ADDRESS, sender=options, receiver=options) as made:
         yield made
 
@@ -128,6 +130,32 @@ def test_a_device_that_is_removed_while_nobody_polls_and_comes_back(device: Soft
         bound.wait_for_peers(1, timeout=TIMEOUT_S)
         check_frames(tx, rx)
         tx.flush(timeout=TIMEOUT_S)
+
+
+@pytest.mark.parametrize("bind", ["sender", "receiver"])
+def test_a_stream_goes_on_when_its_device_is_back(device: SoftRoCE, bind: str) -> None:
+    with connected(device, bind, reconnect=True) as (tx, rx):
+        count = 200
+
+        def receive() -> int:
+            for seq in range(count):
+                with rx.recv(timeout=TIMEOUT_S) as frame:
+                    assert frame.seq == seq
+                    assert frame.gap is None
+                    assert frame.array.tobytes() == picture(seq).tobytes()
+            return count
+
+        receiving = Background(receive)
+        for seq in range(count):
+            tx.push(picture(seq), timeout=TIMEOUT_S)
+            if seq in (50, 120):
+                device.delete()
+                wait_until(lambda: tx.statistics().peers == rx.statistics().peers == 0, "both sides noticed")
+                assert tx.statistics().reconnecting == rx.statistics().reconnecting == 1
+                device.add()
+        tx.flush(timeout=TIMEOUT_S)
+        assert receiving.result() == count
+        assert tx.statistics().reconnects == rx.statistics().reconnects == 2
 
 
 def test_frames_and_registered_memory_outlive_their_device(device: SoftRoCE) -> None:

@@ -130,6 +130,7 @@ class RogueSender(Rogue):
             "slot_bytes": SLOT_BYTES,
             "max_slot_bytes": 1 << 30,
             "lease_s": self.lease_s,
+            "reconnect_s": 0.0,
             "name": "rogue",
         }
         return self.ask(Hello, **{**wishes, **fields})
@@ -576,7 +577,14 @@ def test_many_senders_that_say_goodbye_only_on_the_control_plane_do_not_cost_oth
         stream.rx.wait_for_peers(5, timeout=TIMEOUT_S)
         for rogue in rogues:
             rogue.socket.send(
-                messages.encode(Bye(session=rogue.session, request=rogue.request + 1, reason="I never say it in band"))
+                messages.encode(
+                    Bye(
+                        session=rogue.session,
+                        request=rogue.request + 1,
+                        end="goodbye",
+                        reason="I never say it in band",
+                    )
+                )
             )
         wait_until(lambda: not poll(stream.rx) and stream.rx.statistics().peers == 1, "the rogues are gone")
         stream.check()

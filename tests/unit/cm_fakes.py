@@ -40,6 +40,7 @@ def make_hello(lease_s: float = 10.0) -> m.Hello:
         slot_bytes=4096,
         max_slot_bytes=1 << 20,
         lease_s=lease_s,
+        reconnect_s=30.0,
         name="client",
     )
 
@@ -96,9 +97,9 @@ class Server:
     def resize(self, session: bytes, resize: m.Resize) -> m.Resized | m.Refuse:
         return m.Resized(session=session, request=1, ring=RING)
 
-    def gone(self, session: bytes, reason: str, graceful: bool) -> None:
+    def gone(self, session: bytes, reason: str, end: m.End) -> None:
         self.open.remove(session)
-        self.gone_ones.append((session, graceful))
+        self.gone_ones.append((session, end == "goodbye"))
 
     def failed(self, error: Exception) -> None:
         self.errors.append(error)

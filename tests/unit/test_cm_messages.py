@@ -41,6 +41,7 @@ HELLO = m.Hello(
     slot_bytes=0,
     max_slot_bytes=1 << 20,
     lease_s=10.0,
+    reconnect_s=30.0,
     name="host/1",
 )
 ACCEPT = m.Accept(
@@ -71,7 +72,8 @@ ALL: list[m.Message] = [
     m.Renewed(session=SESSION, request=3, wanted_bytes=1 << 20),
     m.Resize(session=SESSION, request=4, wanted_bytes=1, ring=None),
     m.Resized(session=SESSION, request=4, ring=RING),
-    m.Bye(session=SESSION, request=5, reason="done"),
+    m.Bye(session=SESSION, request=5, end="goodbye", reason="done"),
+    m.Bye(session=SESSION, request=5, end="broken", reason="too many retries"),
     m.Gone(session=SESSION, request=5),
     REFUSE,
 ]

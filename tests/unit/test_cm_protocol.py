@@ -60,6 +60,7 @@ def make_hello(number: int = 1, role: m.Role = "sender", lease_s: float = LEASE_
         slot_bytes=4096,
         max_slot_bytes=1 << 20,
         lease_s=lease_s,
+        reconnect_s=30.0,
         name="client",
     )
 
@@ -129,8 +130,8 @@ class Server:
         ring = make_ring(self.epochs[session], resize.wanted_bytes) if resize.ring is None else None
         return m.Resized(session=session, request=1, ring=ring)
 
-    def gone(self, session: bytes, reason: str, graceful: bool) -> None:
-        self.gone_ones.append((session, graceful))
+    def gone(self, session: bytes, reason: str, end: m.End) -> None:
+        self.gone_ones.append((session, end == "goodbye"))
         self.open.remove(session)  # KeyError if it is told twice
 
     def failed(self, error: Exception) -> None:
@@ -445,7 +446,7 @@ def test_old_and_changed_requests_have_no_effect() -> None:
     for wrong in (
         hello,
         msgspec.structs.replace(ready, ring=make_ring()),
-        m.Bye(session=hello.session, request=2, reason="x"),
+        m.Bye(session=hello.session, request=2, end="goodbye", reason="x"),
         msgspec.structs.replace(ready, request=3),
         msgspec.structs.replace(hello, request=3),
         m.Resize(session=hello.session, request=3, wanted_bytes=5, ring=make_ring()),
@@ -681,7 +682,7 @@ def test_no_sequence_of_requests_upsets_a_server(requests: list[bytes | int]) ->
     pool += [m.Ready(session=session, request=number, ring=None) for number in (1, 2, 3)]
     pool += [m.Renew(session=session, request=number) for number in (3, 4)]
     pool += [m.Resize(session=session, request=5, wanted_bytes=9, ring=None)]
-    pool += [m.Bye(session=session, request=6, reason="")]
+    pool += [m.Bye(session=session, request=6, end="goodbye", reason="")]
     pool += [m.Started(session=session, request=1), m.Renew(session=make_hello(2).session, request=2)]
     for now, request in enumerate(requests):
         data = request if isinstance(request, bytes) else m.encode(pool[request])
