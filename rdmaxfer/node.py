@@ -596,11 +596,14 @@ class Node(Generic[L, S]):
         with self._lock:
             if stream.link is not None or self._streams.get(stream.id) is not stream:
                 return
-            lost: RdmaxferError | None = stream.lost
-            if error is not None and lost is not None:
-                lost = PeerLost(f"{lost} It could not be connected with again: {error}", fix=error.fix)
-            elif lost is not None:
-                lost = type(lost)(f"{lost} It has not come back within {stream.reconnect_s:g} s.")
+            lost = stream.lost
+            if lost is not None:
+                text = str(lost).removesuffix(f" Fix: {lost.fix}").rstrip(".")
+                if error is None:
+                    lost = type(lost)(f"{text}. It has not come back within {stream.reconnect_s:g} s.", fix=lost.fix)
+                else:
+                    why = str(error).removesuffix(f" Fix: {error.fix}")
+                    lost = type(lost)(f"{text}. It could not be connected with again: {why}", fix=error.fix or lost.fix)
             self._end_stream(stream, lost)
             self._waiter.wake()
 

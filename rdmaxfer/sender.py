@@ -247,7 +247,10 @@ class Sender(Node[SendLink, SendStream]):
                 source = self._registered(address, data.nbytes)
                 if source is not None:
                     source.hold(holder)
-                    return self._push(kind, source, address, holder, packed, captured_ns, deadline)
+                    try:
+                        return self._push(kind, source, address, holder, packed, captured_ns, deadline)
+                    finally:
+                        source.let_go(holder)
         staging = self._stage(kind, holder, deadline)
         try:
             _copy(data, staging)

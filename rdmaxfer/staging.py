@@ -179,6 +179,11 @@ class Registration(Source):
             self._uses.popleft()
         self._uses.append(weakref.ref(holder))
 
+    def let_go(self, holder: Holder) -> None:
+        """As that of a StagingSlot."""
+        if not holder.sent:
+            self._uses = deque(use for use in self._uses if use() is not holder)
+
     @property
     def held(self) -> bool:
         return any(use() is not None for use in self._uses)

@@ -163,7 +163,7 @@ def test_a_peer_that_does_not_come_back_is_given_up_with_the_numbers(bind: str) 
     """Both sides only wait for so long."""
     changes: list[rdmaxfer.StateChange] = []
     with rdmaxfer.Sender(**OPTIONS, reconnect_s=2.0, on_state=changes.append) as tx:
-        rx = rdmaxfer.Receiver(**OPTIONS, reconnect=False)
+        rx = rdmaxfer.Receiver(**OPTIONS)
         bound, connecting = (rx, tx) if bind == "receiver" else (tx, rx)
         connecting.connect(bound.bind("tcp://127.0.0.1:*"), timeout=TIMEOUT_S)
         tx.wait_for_peers(1, timeout=TIMEOUT_S)
