@@ -102,3 +102,18 @@ def check_frames(tx: rdmaxfer.Sender, rx: rdmaxfer.Receiver) -> None:
             assert frame.seq == seq
             assert frame.array.tobytes() == picture(seed).tobytes()
     tx.flush(timeout=TIMEOUT_S)
+
+
+def warm_up(tx: rdmaxfer.Sender, rx: rdmaxfer.Receiver | None, slots: int) -> int:
+    """Make and register all of the sender's staging memory, so that it does not grow later. Returns how many frames that took.
+
+    `rx`: who is to take them; None if another process does."""
+    held = [tx.reserve((48, 64, 3), timeout=TIMEOUT_S) for _ in range(2 * slots)]
+    for half in (held[:slots], held[slots:]):
+        for slot in half:
+            slot.commit()
+        for _ in half:
+            if rx is not None:
+                rx.recv(timeout=TIMEOUT_S).release()
+        tx.flush(timeout=TIMEOUT_S)
+    return len(held)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from helpers import TIMEOUT_S, Background, pair, picture, spawn, wait_until
+from helpers import TIMEOUT_S, Background, pair, picture, spawn, wait_until, warm_up
 
 import rdmaxfer
 
@@ -147,8 +147,7 @@ def test_a_receiver_that_dies_under_load(how: str, blow: signal.Signals) -> None
     with rdmaxfer.Sender(lease_s=LEASE_S, slots=4, reconnect=False) as tx:
         endpoint = tx.bind("tcp://127.0.0.1:*")
         with peer(RECEIVER, "connect", tx, endpoint):
-            tx.push(picture(0), timeout=TIMEOUT_S)
-            tx.flush(timeout=TIMEOUT_S)
+            warm_up(tx, None, 4)
         forget_peers(tx)
         before = resources()
         with peer(RECEIVER, how, tx, endpoint) as process:

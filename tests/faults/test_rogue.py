@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zmq
-from helpers import TIMEOUT_S, Background, picture, wait_until
+from helpers import TIMEOUT_S, Background, picture, wait_until, warm_up
 
 import rdmaxfer
 from rdmaxfer import frame as framing
@@ -310,8 +310,7 @@ class Stream:
         self.tx = stack.enter_context(rdmaxfer.Sender(slots=SLOTS, **options_for_sender(options)))
         self.tx.connect(self.endpoint, timeout=TIMEOUT_S)
         self.rx.wait_for_peers(1, timeout=TIMEOUT_S)
-        warm_up(self.tx, self.rx)
-        self._sent = SLOTS
+        self._sent = warm_up(self.tx, self.rx, SLOTS)
 
     def check(self) -> None:
         """The good stream is unharmed."""
@@ -502,8 +501,8 @@ def test_a_sender_that_says_bye_twice_is_gone_once(stream: Stream, route: Route)
         with stream.rx.recv(timeout=TIMEOUT_S) as frame:
             assert frame.peer == "rogue"
         wait_until(lambda: not poll(stream.rx) and stream.rx.statistics().peers == 1, "the goodbye was seen")
-        first = rogue.ask(Bye, reason="once")
-        second = rogue.ask(Bye, reason="twice")
+        first = rogue.ask(Bye, end="goodbye", reason="once")
+        second = rogue.ask(Bye, end="goodbye", reason="twice")
         assert isinstance(first, Gone | messages.Refuse)
         assert isinstance(second, messages.Refuse)
         stream.check()
@@ -599,16 +598,6 @@ def credit(value: int) -> bytes:
     return inband.pack_message(inband.MessageKind.CREDIT, value)
 
 
-def warm_up(tx: rdmaxfer.Sender, rx: rdmaxfer.Receiver) -> None:
-    """Make and register all of the sender's staging memory."""
-    held = [tx.reserve((48, 64, 3), timeout=TIMEOUT_S) for _ in range(SLOTS)]
-    for slot in held:
-        slot.commit()
-    for _ in held:
-        rx.recv(timeout=TIMEOUT_S).release()
-    tx.flush(timeout=TIMEOUT_S)
-
-
 TALES: dict[str, tuple[list[bytes], str]] = {
     "credit from the future": ([credit(3)], "gave credit for 3 frames, after 0, when 2 were written"),
     "all the credit there is": ([credit((1 << 64) - 1)], "gave credit for"),
@@ -629,12 +618,12 @@ def test_a_lying_receiver_is_dropped_with_a_reason_and_harms_nobody(tale: str, r
     messages_sent, reason = TALES[tale]
     with rdmaxfer.Sender(slots=SLOTS) as tx, rdmaxfer.Receiver(slots=SLOTS) as rx:
         tx.connect(rx.bind("tcp://127.0.0.1:*"), timeout=TIMEOUT_S)
-        warm_up(tx, rx)
+        warm_up(tx, rx, SLOTS)
         before = resources()
         with RogueReceiver(route) as rogue:
             tx.connect(rogue.where, timeout=TIMEOUT_S)
             for seed in range(2):
-                assert tx.push(picture(seed), timeout=TIMEOUT_S) == SLOTS + seed
+                assert tx.push(picture(seed), timeout=TIMEOUT_S) == 2 * SLOTS + seed
                 with rx.recv(timeout=TIMEOUT_S) as frame:
                     assert frame.array.tobytes() == picture(seed).tobytes()
             for message in messages_sent:
@@ -662,7 +651,7 @@ def test_a_lying_receiver_is_dropped_with_a_reason_and_harms_nobody(tale: str, r
 def test_a_ring_that_is_not_there_ends_that_connection_only(change: dict[str, int], route: Route) -> None:
     with rdmaxfer.Sender(slots=SLOTS) as tx, rdmaxfer.Receiver(slots=SLOTS) as rx:
         tx.connect(rx.bind("tcp://127.0.0.1:*"), timeout=TIMEOUT_S)
-        warm_up(tx, rx)
+        warm_up(tx, rx, SLOTS)
         before = resources()
         with RogueReceiver(route) as rogue:
             rogue.ring_changes = change
