@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -243,6 +244,14 @@ class SendLink(Link):
             if not self.endpoint.last_posted:
                 lane.unsignalled += 1  # recorded, but no completion will come of it: a later `fence` has to ask for one
             raise
+
+    @property
+    def reads_from(self) -> Iterator[Outgoing]:
+        """The frames whose memory work requests may still read from."""
+        for lane in self._lanes:
+            for posted in lane.in_flight:
+                if posted.out is not None:
+                    yield posted.out
 
     @property
     def all_completed(self) -> bool:

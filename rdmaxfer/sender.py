@@ -9,6 +9,7 @@ import logging
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Literal
@@ -174,6 +175,8 @@ class Sender(Node[SendLink, SendStream]):
         self._drops: list[Dropped] = []
         """Of receivers that are gone."""
         self._unheard = 0
+        self._made_links: weakref.WeakSet[SendLink] = weakref.WeakSet()
+        """Also those that have ended and are about to be torn down."""
         self._watching = False
         self._pumping: threading.Thread | None = None
 
@@ -397,9 +400,16 @@ class Sender(Node[SendLink, SendStream]):
         self._pool.limit = 2 * self._slots * (1 + len(own))
         staging = self._pool.take(nbytes, holder)
         if staging is None:
+            self._pool.reclaim(self._in_use())
             for link in self._links:
                 link.fence()
         return staging
+
+    def _in_use(self) -> set[Source]:
+        """The memory that frames on their way have, or that devices may read from."""
+        held = [out for stream in self._streams.values() for queue in (stream.written, stream.pending) for out in queue]
+        held += [out for link in self._made_links if not link.torn_down for out in link.reads_from]
+        return {out.source for out in held}
 
     def _registered(self, address: int, nbytes: int) -> Registration | None:
         for registration in self._registrations:
@@ -484,7 +494,10 @@ class Sender(Node[SendLink, SendStream]):
         if not self._watching:
             self._watch_later()
         if interrupt is not None:
-            raise interrupt
+            try:
+                raise interrupt
+            finally:
+                interrupt = None  # or its traceback, which has this frame, would keep the memory
         return out.seq
 
     def _takers(self, nbytes: int) -> list[SendStream] | None:
@@ -639,7 +652,7 @@ class Sender(Node[SendLink, SendStream]):
                 return
 
             def idle() -> bool | None:
-                if not registration.held:
+                if not registration.awaited and registration not in self._in_use():
                     return True
                 self._pump_all()
                 for link in self._links:
@@ -671,7 +684,9 @@ class Sender(Node[SendLink, SendStream]):
             remote_write=False,
         )
         owned.callback(endpoint.close)
-        return SendLink(session, stream, endpoint, owned.pop_all(), pd)
+        link = SendLink(session, stream, endpoint, owned.pop_all(), pd)
+        self._made_links.add(link)
+        return link
 
     def wishes(self) -> tuple[int, int, int]:
         return self._slots, self._slot_bytes, MAX_SLOT_BYTES

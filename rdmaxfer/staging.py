@@ -2,7 +2,8 @@
 
 Each is registered once for each protection domain (that is, for each device) it is used on. Whoever uses it has its `Holder`, or
 something that refers to it: who fills it, the frame that lies in it, work requests whose completions were not polled. When the last
-of them lets go, in whatever way, the memory may be reused or unregistered.
+of them lets go, in whatever way, the memory may be reused or unregistered. Tracebacks of errors refer to it, too, but don't use it:
+so a pool that finds nothing free is told which memory is really in use.
 """
 
 from __future__ import annotations
@@ -89,6 +90,11 @@ class StagingSlot(Source):
         use.slot = self
         self._use = use
 
+    def reclaim(self, used: set[Source]) -> None:
+        holder = self._use() if self._use is not None else None
+        if holder is not None and holder.sent and self not in used:
+            self._use = None
+
     def let_go(self, holder: Holder) -> None:
         """Its holder is done with it, unless it is a frame's by now. The holder itself can be kept by the traceback of an error."""
         if not holder.sent and self._use is not None and self._use() is holder:
@@ -126,6 +132,11 @@ class StagingPool:
             slot = fresh
         slot.hold(holder, self._gone.append)
         return slot
+
+    def reclaim(self, used: set[Source]) -> None:
+        """Free what frames had that are not in `used` any more."""
+        for slot in self._all:
+            slot.reclaim(used)
 
     def _pop(self) -> StagingSlot | None:
         while self._gone:
@@ -185,8 +196,9 @@ class Registration(Source):
             self._uses = deque(use for use in self._uses if use() is not holder)
 
     @property
-    def held(self) -> bool:
-        return any(use() is not None for use in self._uses)
+    def awaited(self) -> bool:
+        """Whether a push of it has not come to its frame."""
+        return any(not holder.sent for use in self._uses if (holder := use()) is not None)
 
     def close(self) -> None:
         """Wait until no push reads from the memory, then unregister it. Doing it twice is harmless."""

@@ -201,7 +201,10 @@ class Waiter(Generic[L]):
             if self._followers:
                 self._condition.notify_all()
             if interrupt is not None:
-                raise interrupt
+                try:
+                    raise interrupt
+                finally:
+                    interrupt = None  # no cycle: its traceback has this frame and its callers', with what they hold
 
     def _follow(self, sleep_s: float) -> None:
         """Wait until somebody else has seen something change."""
@@ -219,4 +222,7 @@ class Waiter(Generic[L]):
                 except KeyboardInterrupt as error:
                     interrupt = error
             if interrupt is not None:
-                raise interrupt
+                try:
+                    raise interrupt
+                finally:
+                    interrupt = None  # no cycle: its traceback has this frame and its callers', with what they hold

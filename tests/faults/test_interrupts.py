@@ -130,9 +130,9 @@ def test_ctrl_c_in_push(how: str, peers: int) -> None:
 def test_a_frame_whose_making_ctrl_c_cut_off_is_not_given_back_before_it_is_made_again() -> None:
     with pair(receiver={"slots": 4}, sender={"slots": 4}) as (tx, rx):
         link = rx._links[0]
-        lease = FrameLease(link, link.ring.received)
-        link.leases[lease.position] = lease
-        link.abandoned.append(lease)
+        lease = FrameLease(link.stream, link.ring.received)
+        link.stream.leases[lease.position] = lease
+        link.stream.abandoned.append(lease)
         rx._tick()  # what the control thread does now and then
         assert link.ring.released == 0
         for n in range(10):

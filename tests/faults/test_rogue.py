@@ -616,7 +616,7 @@ TALES: dict[str, tuple[list[bytes], str]] = {
 @pytest.mark.parametrize("tale", TALES)
 def test_a_lying_receiver_is_dropped_with_a_reason_and_harms_nobody(tale: str, route: Route) -> None:
     messages_sent, reason = TALES[tale]
-    with rdmaxfer.Sender(slots=SLOTS) as tx, rdmaxfer.Receiver(slots=SLOTS) as rx:
+    with rdmaxfer.Sender(slots=SLOTS, reconnect=False) as tx, rdmaxfer.Receiver(slots=SLOTS) as rx:
         tx.connect(rx.bind("tcp://127.0.0.1:*"), timeout=TIMEOUT_S)
         warm_up(tx, rx, SLOTS)
         before = resources()
@@ -649,7 +649,7 @@ def test_a_lying_receiver_is_dropped_with_a_reason_and_harms_nobody(tale: str, r
     ids=str,
 )
 def test_a_ring_that_is_not_there_ends_that_connection_only(change: dict[str, int], route: Route) -> None:
-    with rdmaxfer.Sender(slots=SLOTS) as tx, rdmaxfer.Receiver(slots=SLOTS) as rx:
+    with rdmaxfer.Sender(slots=SLOTS, reconnect=False) as tx, rdmaxfer.Receiver(slots=SLOTS) as rx:
         tx.connect(rx.bind("tcp://127.0.0.1:*"), timeout=TIMEOUT_S)
         warm_up(tx, rx, SLOTS)
         before = resources()
