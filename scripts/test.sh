@@ -2,7 +2,7 @@
 # help
 # Runs all tests, also those that need an RDMA device, on a machine that need not have one.
 #
-#   scripts/test.sh [options of pytest]
+#   scripts/test.sh [--soak] [options of pytest]
 #
 #   host    tests/unit and tests/local: no device
 #   device  every test marked "rdma", on a real device of this machine where there is one; else in
@@ -13,6 +13,8 @@
 # Mode Linux kernel, which takes 4 to 6 minutes on 2 processors. A device test that finds no device fails; a stage in which no
 # device test ran fails. All stages run, whatever fails; the exit status is 0 only if nothing did.
 #
+#   --soak                 the long version, which takes hours: only the tests that repeat something, as often as it takes to be
+#                          sure (tests/soak.py). Not in the virtual machine, unless STAGES asks for it.
 #   STAGES="host uml vm"   the stages to run, when not all of them
 #   scripts/test.sh -k handshake
 # end of help
@@ -25,8 +27,12 @@ here=$(cd "$(dirname "$0")" && pwd)
 
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then show_help; exit; fi
 
+soak=
+if [[ ${1:-} == --soak ]]; then soak=1; shift; fi
+
 if [[ -n ${STAGES:-} ]]; then read -r -a stages <<<"$STAGES"
 elif active_device >/dev/null; then stages=(host device)
+elif [[ -n $soak ]]; then stages=(host uml)
 else stages=(host uml vm); fi
 has_stage() { [[ " ${stages[*]} " == *" $1 "* ]]; }
 
@@ -66,19 +72,26 @@ device_tests=("$checkout/tests/device")
 host_tests=("$checkout/tests/unit")
 [[ -z $(find "$checkout/tests/local" -name 'test_*.py' -print -quit 2>/dev/null) ]] || host_tests+=("$checkout/tests/local")
 
+# What is selected, and the seconds that a guest may take.
+only='' uml_s=1200 vm_s=900
+if [[ -n $soak ]]; then
+  export RDMAXFER_SOAK=1
+  only=' and (soak or counted)' uml_s=36000 vm_s=36000
+fi
+
 run_stage() {
   case $1 in
-    host) "${pytest[@]}" "${host_tests[@]}" -m "not rdma" --junitxml="$results/host.xml" "${arguments[@]}" ;;
-    device) RDMAXFER_TEST_DEVICE=1 "${pytest[@]}" "${device_tests[@]}" -m rdma --junitxml="$results/device.xml" "${arguments[@]}" ;;
+    host) "${pytest[@]}" "${host_tests[@]}" -m "not rdma$only" --junitxml="$results/host.xml" "${arguments[@]}" ;;
+    device) RDMAXFER_TEST_DEVICE=1 "${pytest[@]}" "${device_tests[@]}" -m "rdma$only" --junitxml="$results/device.xml" "${arguments[@]}" ;;
     uml)
       wait "$uml_ready" || { say "the User Mode Linux kernel is not there (see above)"; return 1; }
-      RDMAXFER_TEST_DEVICE=1 "$here/softroce_uml.sh" --rw "$results" --timeout 1200 -- \
-        "${pytest[@]}" "${device_tests[@]}" -m rdma --junitxml="$results/uml.xml" "${arguments[@]}" ;;
+      RDMAXFER_TEST_DEVICE=1 "$here/softroce_uml.sh" --rw "$results" --timeout "$uml_s" -- \
+        "${pytest[@]}" "${device_tests[@]}" -m "rdma$only" --junitxml="$results/uml.xml" "${arguments[@]}" ;;
     vm)
       wait "$vm_ready" || { say "the virtual machine's kernel is not there (see above)"; return 1; }
       # Emulated, everything takes 20 to 50 times as long: no test is to be called stuck for that.
-      RDMAXFER_TEST_DEVICE=1 "$here/softroce_vm.sh" --rw "$results" --timeout 900 -- \
-        "${pytest[@]}" "${device_tests[@]}" -m "rdma and smoke" -o timeout=600 --junitxml="$results/vm.xml" "${arguments[@]}" ;;
+      RDMAXFER_TEST_DEVICE=1 "$here/softroce_vm.sh" --rw "$results" --timeout "$vm_s" -- \
+        "${pytest[@]}" "${device_tests[@]}" -m "rdma and smoke$only" -o timeout=600 --junitxml="$results/vm.xml" "${arguments[@]}" ;;
     *) say "no stage is called $1"; return 2 ;;
   esac
 }

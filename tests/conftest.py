@@ -1,7 +1,7 @@
 """Tests in device/ and faults/ need a verbs device, real or software (scripts/setup_softroce.sh, scripts/softroce_vm.sh).
 
 They run when asked for: `pytest -m rdma`, or RDMAXFER_TEST_DEVICE=1 in the environment. Then a missing device is a
-failure. RDMAXFER_DEVICE names the device to use.
+failure. RDMAXFER_DEVICE names the device to use. Tests marked `soak` run only with RDMAXFER_SOAK=1 (soak.py).
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ import re
 from pathlib import Path
 
 import pytest
+from soak import SOAK
 
 from rdmaxfer.errors import RdmaxferError
 from rdmaxfer.fabric.devices import Route, choose_gid, list_devices
 
+SOAK_TIMEOUT_S = 7200
 NEED_A_DEVICE = frozenset(Path(__file__).parent / name for name in ("device", "faults"))
 
 
@@ -31,9 +33,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     mine = [item for item in items if NEED_A_DEVICE.intersection(item.path.parents)]
     for item in mine:
         item.add_marker(pytest.mark.rdma)
-    if mine and not _asked_for(config):
-        config.hook.pytest_deselected(items=mine)
-        items[:] = [item for item in items if item not in mine]
+    if SOAK:
+        for item in items:  # also before a mark of its own, which is meant for the short count
+            item.add_marker(pytest.mark.timeout(SOAK_TIMEOUT_S), append=False)
+    unwanted = [] if _asked_for(config) else mine
+    if not SOAK:
+        unwanted = unwanted + [item for item in items if item.get_closest_marker("soak") and item not in unwanted]
+    if unwanted:
+        config.hook.pytest_deselected(items=unwanted)
+        items[:] = [item for item in items if item not in unwanted]
 
 
 @pytest.fixture(scope="session")
