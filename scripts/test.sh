@@ -4,7 +4,7 @@
 #
 #   scripts/test.sh [--soak] [options of pytest]
 #
-#   host    tests/unit and tests/local: no device
+#   host    tests/unit, tests/fuzz and tests/local: no device
 #   device  every test marked "rdma", on a real device of this machine where there is one; else in
 #   uml     ... a User Mode Linux guest with Soft-RoCE, at this machine's speed (scripts/softroce_uml.sh), and
 #   vm      ... those also marked "smoke" on the distribution's own kernel in a virtual machine (scripts/softroce_vm.sh)
@@ -16,6 +16,8 @@
 #   --soak                 the long version, which takes hours: only the tests that repeat something, as often as it takes to be
 #                          sure (tests/soak.py). Not in the virtual machine, unless STAGES asks for it.
 #   STAGES="host uml vm"   the stages to run, when not all of them
+#   RDMAXFER_FUZZ=1000     how many inputs each target of tests/fuzz gets (100000; with --soak 1000000)
+#   RDMAXFER_FUZZ_SEED=7   the seed they are made from (else a new one each time, which is printed with a failure)
 #   scripts/test.sh -k handshake
 # end of help
 set -euo pipefail
@@ -60,7 +62,9 @@ if has_stage vm; then
   "$here/softroce_vm.sh" prepare & vm_ready=$!
   background+=("$vm_ready")
 fi
-make_venv test,demo
+extras=test,demo
+if has_stage host; then extras+=,fuzz; fi
+make_venv "$extras"
 
 # Guests can't write into the checkout, so nothing tries to; RDMAXFER_TEST_DEVICE makes a missing device a failure.
 # Not "python -m pytest" and not in the checkout: both would put it, and so the package as it is not installed, on the path.
@@ -69,7 +73,7 @@ cd "$results"
 arguments=("$@")
 device_tests=("$checkout/tests/device")
 [[ -z $(find "$checkout/tests/faults" -name 'test_*.py' -print -quit 2>/dev/null) ]] || device_tests+=("$checkout/tests/faults")
-host_tests=("$checkout/tests/unit")
+host_tests=("$checkout/tests/unit" "$checkout/tests/fuzz")
 [[ -z $(find "$checkout/tests/local" -name 'test_*.py' -print -quit 2>/dev/null) ]] || host_tests+=("$checkout/tests/local")
 
 # What is selected, and the seconds that a guest may take.
