@@ -52,7 +52,7 @@ REGRESSIONS: list[tuple[str, str]] = [
     ("server", "00"),
     ("client", "96fbf8b86bcfa4bc0afe68f86174604cbf70b2aa"),
 ]
-"""Targets with inputs that once broke a rule, and a few that are likely to."""
+"""Targets, and inputs that once broke a rule. Until there is one, a few that are likely to."""
 
 
 def run(name: str, data: bytes, where: str) -> int:
