@@ -3,6 +3,7 @@ AssertionError, or what the code under test raised, if one is broken."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from fuzz_choices import Choices
 from rdmaxfer import inband
 from rdmaxfer.cm import messages as m
 from rdmaxfer.errors import RemoteProtocolError
-from rdmaxfer.frame import decode_metadata, encode_metadata, frame_type, unpack
+from rdmaxfer.frame import FrameType, decode_metadata, encode_metadata, frame_type, unpack
 
 
 def message(data: bytes) -> int:
@@ -33,6 +34,7 @@ def message(data: bytes) -> int:
 
 
 MEMORY = bytearray(examples.SLOT_BYTES)
+NUMBERS = set(inspect.signature(FrameType.pack_into).parameters) - {"self", "buffer", "end", "metadata"}
 
 
 def header(data: bytes) -> int:
@@ -48,7 +50,7 @@ def header(data: bytes) -> int:
     assert (view.shape, view.dtype, view.nbytes) == (found.shape, found.dtype, found.payload_bytes)
     assert view.tobytes() == MEMORY[: found.payload_bytes]
     room = bytearray(8192)
-    numbers = {name: getattr(found, name) for name in ("epoch", "slot", "seq", "position", "captured_ns", "pushed_ns")}
+    numbers = {name: getattr(found, name) for name in NUMBERS}
     kind = frame_type(found.shape, found.dtype)
     assert (kind.shape, kind.dtype, kind.payload_bytes) == (found.shape, found.dtype, found.payload_bytes)
     size = kind.pack_into(room, 8192, **numbers, metadata=found.metadata)
