@@ -14,6 +14,7 @@
 #   --memory SIZE   memory, like 2G (2G)
 #   --timeout S     stop after S seconds (1800) with exit status 124
 #   --rw DIR        let the command write into DIR (may be given again)
+#   --nodes 2       two virtual machines on one wire, see below
 #
 # In the guest all files of this machine are there read-only, at the same paths; /tmp (and $HOME, in it) is empty and
 # writable. The command's output and exit status are passed on. PATH, LANG, CI, VIRTUAL_ENV and all of RDMAXFER_*,
@@ -21,6 +22,21 @@
 #
 #   scripts/softroce_vm.sh -- ibv_devinfo -d rxe0
 #   scripts/softroce_vm.sh --rw results -- .venv/bin/pytest -m rdma --junitxml=results/vm.xml
+#
+# With --nodes 2 there are two machines, each with rxe0 on a network card (wire0) at its end of one wire, so that packets
+# really travel between two kernels, and can be lost: `tc qdisc add dev wire0 root netem loss 2%`. The command runs on both.
+# Each line of its output begins with "node 1: " or "node 2: "; the exit status is that of the one that failed first. A node
+# stays up until the command of the other one has ended, too; --timeout, --cpus, --memory and --rw hold for each.
+#
+#   RDMAXFER_NODE            1 or 2
+#   RDMAXFER_ADDRESS         on the wire: 192.168.78.1 or .2 (also fd78::1 or ::2)
+#   RDMAXFER_PEER            ... of the other node
+#   RDMAXFER_ADMIN_ADDRESS   on a second network (admin0) without rxe, for talking about the wire while that is cut: 192.168.79.1
+#   RDMAXFER_ADMIN_PEER      or .2 (also fd79::1 or ::2)
+#
+#   scripts/softroce_vm.sh --nodes 2 -- bash -c '
+#     if ((RDMAXFER_NODE == 1)); then .venv/bin/rdmaxfer recv tcp://$RDMAXFER_ADDRESS:7471 --once --verify
+#     else .venv/bin/rdmaxfer send tcp://$RDMAXFER_PEER:7471 --pattern 640x480 --count 10; fi'
 #
 # Without hardware virtualization (KVM) the processor is emulated: programs run 20 to 50 times slower, which is enough to
 # prove that something works, not how fast. scripts/softroce_uml.sh is as fast as the host, on a kernel it builds.
@@ -31,10 +47,12 @@ here=$(cd "$(dirname "$0")" && pwd)
 . "$here/lib/common.sh"
 # shellcheck source=scripts/lib/guest.sh
 . "$here/lib/guest.sh"
+# shellcheck source=scripts/lib/nodes.sh
+. "$here/lib/nodes.sh"
 
 cache=$(cache_dir)/vm
 # What the guest's kernel must load, in this order; what a kernel has built in, or lacks of the optional ones, is passed over.
-modules=(virtio_mmio virtio_pci virtio_console virtio_rng 9pnet_virtio 9p dummy crc32_generic rdma_rxe)
+modules=(virtio_mmio virtio_pci virtio_console virtio_rng virtio_net 9pnet_virtio 9p dummy crc32_generic rdma_rxe)
 optional=(ib_uverbs rdma_ucm veth sch_netem)
 
 install_tools() {
@@ -224,29 +242,40 @@ if [[ ${1:-} == prepare ]]; then
   say "ready: kernel $(<"$kernel/version")"
   exit
 fi
+nodes=1
 parse_guest_options "$@"
 install_tools
+if [[ $nodes == 2 ]]; then
+  "$qemu" -netdev help 2>&1 | grep -qx stream || die "--nodes 2 needs QEMU 7.2 or newer (-netdev stream), and this is older"
+fi
 prepare_kernel
 open_box "$cache"
-fill_box vm
-make_initramfs
 
 # Emulated, a processor without fast string copies and carry-less multiplication is the fastest for rxe: QEMU does those
 # instructions byte by byte. It has what numpy's wheels ask for (x86-64-v2).
 processor=(-accel 'tcg,thread=multi,tb-size=512' -cpu Nehalem)
 if kvm_works; then processor=(-accel kvm -cpu host); fi
-mapfile -d '' -t engine_args < <(machine "${processor[@]}")
+
+# Sets engine_args from the box: all of a machine but its network.
+machine_arguments() {
+  mapfile -d '' -t engine_args < <(machine "${processor[@]}")
+  share host / ,readonly=on
+  for i in "${!rw[@]}"; do share "rw$i" "${rw[$i]}" ''; done
+  engine_args+=(-device virtio-rng-pci -device virtio-serial-pci)
+  for port in out err; do
+    ln "$box/$port" "$box/port-$port.out"
+    mkfifo "$box/port-$port.in"
+    engine_args+=(-chardev "pipe,id=$port,path=$box/port-$port" -device "virtserialport,chardev=$port,name=$port")
+  done
+  engine_args+=(-chardev "file,id=rc,path=$box/rc" -device 'virtserialport,chardev=rc,name=rc')
+  engine_args+=(-append "$append")
+}
 share() {
   engine_args+=(-fsdev "local,id=$1,path=${2//,/,,},security_model=none,multidevs=remap$3" -device "virtio-9p-pci,fsdev=$1,mount_tag=$1")
 }
-share host / ,readonly=on
-for i in "${!rw[@]}"; do share "rw$i" "${rw[$i]}" ''; done
-engine_args+=(-device virtio-rng-pci -device virtio-serial-pci)
-for port in out err; do
-  ln "$box/$port" "$box/port-$port.out"
-  mkfifo "$box/port-$port.in"
-  engine_args+=(-chardev "pipe,id=$port,path=$box/port-$port" -device "virtserialport,chardev=$port,name=$port")
-done
-engine_args+=(-chardev "file,id=rc,path=$box/rc" -device 'virtserialport,chardev=rc,name=rc')
-engine_args+=(-append "$append")
+
+if [[ $nodes == 2 ]]; then run_nodes; fi
+fill_box vm
+make_initramfs
+machine_arguments
 guest_run "${engine_args[@]}"

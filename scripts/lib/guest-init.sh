@@ -1,4 +1,4 @@
-# shellcheck shell=bash disable=SC1091,SC2154 # guest, box, now, siw are set above this when it is copied; the rest is read from the box
+# shellcheck shell=bash disable=SC1091,SC2154 # guest, box, now, siw, node are set above this when it is copied; the rest is read from the box
 # The guest's side of softroce_vm.sh and softroce_uml.sh: process 1, on the host's own file tree, read-only.
 # Makes the places that must be writable, brings rxe up, runs the command of the box, hands back its exit status, powers off.
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
@@ -50,21 +50,39 @@ cat /run/err >"$err" & readers+=("$!")
 exec >/run/out 2>/run/err
 [[ ! -e /run/box/merged ]] || exec 2>&1
 
-# The device.
-hostname softroce
+# network_up CARD ADDRESS4 ADDRESS6
+network_up() {
+  ip address add "$2" dev "$1"
+  ip -6 address add "$3" dev "$1" nodad
+  ip link set "$1" up
+}
+
+# The device, on a card that leads nowhere, or on the wire between two nodes. Those have a second network beside it.
+hostname "softroce$node"
 ulimit -l unlimited
 ulimit -n 65536
 ip link set lo up
-ip link add d0 mtu 4200 type dummy
-ip address add 192.168.77.1/24 dev d0
-ip -6 address add fd77::1/64 dev d0 nodad
-ip link set d0 up
-rdma link add rxe0 type rxe netdev d0 || echo "rxe0 could not be made: the command runs without it" >&2
-[[ -z $siw ]] || rdma link add siw0 type siw netdev d0
+if [[ -z $node ]]; then
+  netdev=d0
+  ip link add d0 mtu 4200 type dummy
+  network_up d0 192.168.77.1/24 fd77::1/64
+else
+  netdev=wire0
+  for card in /sys/class/net/eth*; do
+    case $(<"$card/address") in
+      52:54:00:00:78:*) ip link set "${card##*/}" name wire0 ;;
+      52:54:00:00:79:*) ip link set "${card##*/}" name admin0 ;;
+    esac
+  done
+  network_up wire0 "192.168.78.$node/24" "fd78::$node/64"
+  network_up admin0 "192.168.79.$node/24" "fd79::$node/64"
+fi
+rdma link add rxe0 type rxe netdev "$netdev" || echo "rxe0 could not be made: the command runs without it" >&2
+[[ -z $siw ]] || rdma link add siw0 type siw netdev "$netdev"
 
 status=0
 (
-  unset box file guest now siw rw i place directory port readers out err rc tty
+  unset box file guest now siw node netdev card rw i place directory port readers out err rc tty
   . /run/box/environment
   export HOME=/tmp/home TMPDIR=/tmp
   . /run/box/command
@@ -79,4 +97,6 @@ for process in /proc/[0-9]*; do
 done
 wait "${readers[@]}"
 echo "$status" >"$rc"
+# A node stays up until the other one is done, too: the host then ends both.
+while [[ -n $node ]]; do sleep 60; done
 power_off

@@ -2,12 +2,13 @@
 # What softroce_vm.sh and softroce_uml.sh share on the host's side: a "box" (a directory of this run) that tells the guest
 # what to do, and the way its output and exit status come back. Sourced after common.sh.
 
-# Sets cpus, memory, limit, rw and command from a command line; the caller handles its own words first.
+# Sets cpus, memory, limit, rw and command from a command line, and nodes if the caller has set it; the caller handles its own
+# words first.
 parse_guest_options() {
   cpus=2 limit=1800 rw=()
   while [[ $# -gt 0 ]]; do
     case $1 in
-      --cpus | --memory | --mem | --timeout | --rw) [[ $# -ge 2 ]] || die "$1 needs a value (see --help)" ;;
+      --cpus | --memory | --mem | --timeout | --rw | --nodes) [[ $# -ge 2 ]] || die "$1 needs a value (see --help)" ;;
     esac
     case $1 in
       --cpus) cpus=$2 && shift ;;
@@ -16,6 +17,9 @@ parse_guest_options() {
       --rw)
         [[ -d $2 ]] || die "--rw $2: no such directory"
         rw+=("$(realpath "$2")") && shift ;;
+      --nodes)
+        [[ -n ${nodes:-} ]] || die "--nodes: only scripts/softroce_vm.sh can have two"
+        nodes=$2 && shift ;;
       --) shift && break ;;
       -*) die "unknown option $1 (see --help)" ;;
       *) die "put -- before the command:  $program -- $(quoted "$@")" ;;
@@ -26,6 +30,7 @@ parse_guest_options() {
   [[ $cpus =~ ^[1-9][0-9]*$ ]] || die "--cpus takes a number, not $cpus"
   [[ $memory =~ ^[1-9][0-9]*[MG]$ ]] || die "--memory takes a size like 2G or 512M, not $memory"
   [[ $limit =~ ^[1-9][0-9]*$ ]] || die "--timeout takes a number of seconds, not $limit"
+  [[ ${nodes:-1} =~ ^[12]$ ]] || die "--nodes takes 1 or 2, not $nodes"
   [[ ${#command[@]} -gt 0 ]] || die "no command: write it after --, as in  $program -- ibv_devinfo"
 }
 
@@ -38,7 +43,8 @@ needed_directories() {
   for entry in "${entries[@]}"; do [[ $entry != /* || ! -d $entry ]] || printf '%s\n' "$entry"; done
 }
 
-# fill_box KIND: fills the box of a guest of this kind (vm, uml): the command, its environment, the directories to show and to make writable.
+# fill_box KIND [NODE]: fills the box of a guest of this kind (vm, uml): the command, its environment, the directories to show
+# and to make writable. NODE is the number of one of several.
 fill_box() {
   local name
   { printf 'cd %q\n' "$PWD"; printf 'command=(%s)\n' "$(quoted "${command[@]}")"; } >"$box/command"
@@ -55,7 +61,7 @@ fill_box() {
   sed 's/\bumip\b//' /proc/cpuinfo >"$box/cpuinfo"
   if [[ /dev/stdout -ef /dev/stderr ]]; then touch "$box/merged"; fi   # one stream keeps the order of lines
   {
-    printf '#!/bin/bash\nguest=%q box=%q now=%q siw=%q\n' "$1" "$box" "$EPOCHSECONDS" "${SIW:-}"
+    printf '#!/bin/bash\nguest=%q box=%q now=%q siw=%q node=%q\n' "$1" "$box" "$EPOCHSECONDS" "${SIW:-}" "${2:-}"
     cat "$checkout/scripts/lib/guest-init.sh"
   } >"$box/init"
   chmod +x "$box/init"
