@@ -44,7 +44,7 @@ c_core() {
 }
 
 shell_scripts() { shellcheck -x "${scripts[@]}" && echo "no warnings in ${#scripts[@]} files"; }
-scripts=(.ci/run scripts/*.sh scripts/lib/*.sh)
+scripts=(.ci/run scripts/*.sh scripts/lib/*.sh tests/nodes/*.sh)
 
 check "ruff" "$venv/bin/python" -m ruff check --output-format concise .
 check "format" "$venv/bin/python" -m ruff format --check .

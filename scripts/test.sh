@@ -7,7 +7,8 @@
 #   host    tests/unit, tests/fuzz and tests/local: no device
 #   device  every test marked "rdma", on a real device of this machine where there is one; else in
 #   uml     ... a User Mode Linux guest with Soft-RoCE, at this machine's speed (scripts/softroce_uml.sh), and
-#   vm      ... those also marked "smoke" on the distribution's own kernel in a virtual machine (scripts/softroce_vm.sh)
+#   vm      ... those also marked "smoke" on the distribution's own kernel in a virtual machine (scripts/softroce_vm.sh), and
+#   nodes   ... tests/nodes on two of them, on a wire that loses packets
 #
 # Missing packages are installed (as root or by sudo; else the line to run is printed). The first run builds the User
 # Mode Linux kernel, which takes 4 to 6 minutes on 2 processors. A device test that finds no device fails; a stage in which no
@@ -34,8 +35,8 @@ if [[ ${1:-} == --soak ]]; then soak=1; shift; fi
 
 if [[ -n ${STAGES:-} ]]; then read -r -a stages <<<"$STAGES"
 elif active_device >/dev/null; then stages=(host device)
-elif [[ -n $soak ]]; then stages=(host uml)
-else stages=(host uml vm); fi
+elif [[ -n $soak ]]; then stages=(host uml nodes)
+else stages=(host uml vm nodes); fi
 has_stage() { [[ " ${stages[*]} " == *" $1 "* ]]; }
 
 results=$(mktemp -d)
@@ -57,7 +58,7 @@ if has_stage uml; then
   "$here/softroce_uml.sh" build & uml_ready=$!
   background+=("$uml_ready")
 fi
-if has_stage vm; then
+if has_stage vm || has_stage nodes; then
   "$here/softroce_vm.sh" tools
   "$here/softroce_vm.sh" prepare & vm_ready=$!
   background+=("$vm_ready")
@@ -96,6 +97,11 @@ run_stage() {
       # Emulated, everything takes 20 to 50 times as long: no test is to be called stuck for that.
       RDMAXFER_TEST_DEVICE=1 "$here/softroce_vm.sh" --rw "$results" --timeout "$vm_s" -- \
         "${pytest[@]}" "${device_tests[@]}" -m "rdma and smoke$only" -o timeout=600 --junitxml="$results/vm.xml" "${arguments[@]}" ;;
+    nodes)
+      wait "$vm_ready" || { say "the virtual machine's kernel is not there (see above)"; return 1; }
+      "$here/softroce_vm.sh" --nodes 2 --cpus 1 --rw "$results" --timeout 1200 -- \
+        bash "$checkout/tests/nodes/run.sh" "$venv/bin/python" \
+        "${pytest[@]}" "$checkout/tests/nodes" -m nodes -o timeout=300 --junitxml="$results/nodes.xml" "${arguments[@]}" ;;
     *) say "no stage is called $1"; return 2 ;;
   esac
 }
