@@ -82,9 +82,10 @@ class Traffic:
         self._thread.start()
 
     def wait_for(self, count: int, timeout_s: float) -> bool:
-        """Wait until so many frames were sent or received in all. False if it did not come to that."""
+        """Wait until so many frames were sent or received in all. False if it did not come to that, or there was an error."""
         with self._changed:
-            return self._changed.wait_for(lambda: len(self._log) >= count, timeout_s)
+            self._changed.wait_for(lambda: len(self._log) >= count or bool(self._errors), timeout_s)
+            return len(self._log) >= count and not self._errors
 
     def log(self) -> list[tuple[int, str]]:
         """Number and hash of every frame so far."""
@@ -117,8 +118,12 @@ class Traffic:
         except rdmaxfer.TimeoutExpired:
             pass
         except Exception as error:
-            with self._changed:
-                self._errors.append(f"{time.strftime('%X')} {error!r}")
+            self._note_error(repr(error))
+
+    def _note_error(self, text: str) -> None:
+        with self._changed:
+            self._errors.append(f"{time.strftime('%X')} {text}")
+            self._changed.notify_all()
 
     def _run(self) -> None:
         raise NotImplementedError
@@ -152,5 +157,5 @@ class Receiving(Traffic):
         while not self._closing and not self._errors:
             with self._errors_noted(), self._node.recv(timeout=TICK_S) as frame:
                 if frame.gap is not None:
-                    self._errors.append(f"before frame {frame.seq}: {frame.gap}")
+                    self._note_error(f"before frame {frame.seq}: {frame.gap}")
                 self._note(frame.seq, digest(frame.array))
