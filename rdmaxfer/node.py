@@ -574,7 +574,8 @@ class Node(Generic[L, S]):
         """The connection broke: see to it that there will be another one, or that the stream ends. With the lock held."""
         stream.lost = error
         stream.waits += 1
-        log.info("%s; waiting up to %g s for another connection", error, stream.reconnect_s)
+        text = str(error).removesuffix(f" Fix: {error.fix}").rstrip(".")
+        log.warning("%s; waiting up to %g s for another connection", text, stream.reconnect_s)
         self._tell_state(StateChange(stream.peer, "reconnecting", error, str(error)))
         if stream.origin is not None:
             self._reconnecting = [each for each in self._reconnecting if each.is_alive()]
