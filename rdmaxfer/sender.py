@@ -826,11 +826,11 @@ class Sender(Node[SendLink, SendStream]):
                         placed, deadline, "closing: waiting for the devices to confirm the last frames"
                     )
                 except TimeoutExpired:
-                    away = [stream for stream in self._streams.values() if stream.link is None]
-                    if not away:
+                    behind = [stream for stream in self._streams.values() if stream.link is None or stream.pending]
+                    if not behind:
                         raise
-                    for stream in away:
-                        self.give_up(stream, None)
+                    for stream in behind:
+                        self._leave_behind(stream)
                 try:
                     self._waiter.wait_locked(told, deadline.within(GOODBYE_S), "closing: saying goodbye")
                 except TimeoutExpired as error:
@@ -840,6 +840,20 @@ class Sender(Node[SendLink, SendStream]):
                 self._losses.clear()
         if lost:
             raise lost[0]
+
+    def _leave_behind(self, stream: SendStream) -> None:
+        """There is no time left for this receiver, which is away or has no room for the last frames."""
+        if stream.link is None:
+            self.give_up(stream, None)
+            return
+        numbers = tuple(out.seq for out in stream.pending)
+        text = (
+            f"the receiver {stream.peer} had no room for the last {len(numbers)} frames before this sender was closed."
+        )
+        self._losses.append(
+            PeerLost(text, unreleased=numbers, fix="flush() before close(), or give close() more time.")
+        )
+        stream.pending.clear()
 
     def _free_memory(self) -> None:
         with self._lock:

@@ -234,6 +234,15 @@ def test_a_slow_receiver_gets_fewer_of_balanced_frames() -> None:
         assert sorted([seq for seq, _ in share] + [frame.seq for frame in held]) == list(range(82))
 
 
+def test_what_waits_when_the_sender_is_closed_is_told() -> None:
+    with one_to(1, when_full="drop_oldest") as (tx, rx):
+        push(tx, SLOTS + 2)
+        with pytest.raises(rdmaxfer.PeerLost, match="no room for the last 2 frames") as caught:
+            tx.close(timeout=0.5)
+        assert caught.value.unreleased == (SLOTS, SLOTS + 1)
+        assert [seq for seq, _ in take(rx, last=SLOTS - 1)] == list(range(SLOTS))
+
+
 def test_policies_that_are_none() -> None:
     with rdmaxfer.Sender() as tx:
         for call in (tx.bind, tx.connect):

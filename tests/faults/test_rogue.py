@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import zmq
@@ -672,6 +673,39 @@ def test_a_ring_that_is_not_there_ends_that_connection_only(change: dict[str, in
                         assert frame.seq == sent
         if "epoch" not in change:
             settles(before)
+
+
+@pytest.mark.parametrize(
+    ("released", "received"), [(3, 3), (0, 3), (1 << 52, 1 << 53 - 1)], ids=["released", "received", "far off"]
+)
+def test_a_receiver_that_says_it_has_frames_which_were_never_written(
+    released: int, received: int, route: Route
+) -> None:
+    """... when a stream is to go on over another connection."""
+    with rdmaxfer.Sender(slots=SLOTS) as tx, RogueReceiver(route) as rogue:
+        accepted: list[Accept] = []
+
+        def answer(request: Any) -> Any:
+            if isinstance(request, Hello) and accepted:
+                start = Progress(released=min(released, received), received=received)
+                return msgspec.structs.replace(
+                    accepted[0], session=request.session, request=request.request, start=start
+                )
+            reply = rogue.honest(request)
+            if isinstance(reply, Accept):
+                accepted.append(reply)
+            return reply
+
+        rogue.answer = answer
+        tx.connect(rogue.where, timeout=TIMEOUT_S)
+        for seed in range(2):
+            tx.push(picture(seed), timeout=TIMEOUT_S)
+        with tx._lock:
+            tx._links[0].endpoint.to_error()
+        with pytest.raises(rdmaxfer.PeerLost, match="2 were written") as caught:
+            tx.flush(timeout=TIMEOUT_S)
+        assert caught.value.unreleased == (0, 1)
+        assert tx.statistics().reconnecting == 0
 
 
 def unchecked(message: Any) -> bytes:

@@ -4,6 +4,7 @@ however far one lane is ahead of another."""
 from __future__ import annotations
 
 from collections import deque
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -234,3 +235,81 @@ def test_credit_is_coalesced_while_frames_are_held() -> None:
     ring.release(9)
     assert not ring.credit_due()
     assert ring.credit_due(asked=True), "the sender is waiting in flush"
+
+
+# --- another connection ------------------------------------------------------------------------------------------------
+
+
+@given(
+    slots=st.integers(1, 9),
+    lanes=st.integers(1, 4),
+    steps=st.lists(st.sampled_from(["write", "arrive", "release", "credit", "break"]), max_size=120),
+    choose=st.randoms(use_true_random=False),
+)
+def test_a_stream_that_goes_on_over_other_connections_loses_and_doubles_nothing(
+    slots: int, lanes: int, steps: list[str], choose: Any
+) -> None:
+    tx, rx = SendRing(slots, lanes), RecvRing(slots, lanes)
+    held: list[int] = []
+    got: list[int] = []
+    for step in [*steps, "break", *["write", "arrive", "release", "credit"] * (slots + 2)]:
+        if step == "write" and tx.can_take():
+            tx.on_completed(tx.take())
+        elif step == "arrive" and rx.received < tx.position:
+            lane = rx.received % rx.lanes
+            position = rx.check_arrival(lane, rx.received % rx.slots)
+            assert position == rx.received
+            rx.next_on[lane] += rx.lanes
+            rx.received += 1
+            got.append(position)
+            held.append(position)
+        elif step == "release" and held:
+            rx.release(held.pop(choose.randrange(len(held))))
+        elif step == "credit":
+            tx.on_credit(rx.released)
+            rx.on_announced(rx.released)
+        elif step == "break":
+            # What was written and has not arrived is gone; the ring may have other sizes.
+            least = max(1, rx.received - rx.released)
+            slots, lanes = choose.randint(least, least + 8), choose.randint(1, 4)
+            released, received = rx.released, rx.received
+            tx.check_resume(released, received, slots)
+            tx.resume(slots, lanes, released, received)
+            epoch = rx.spare_epoch
+            rx.resume(slots, lanes, released)
+            assert rx.epoch == rx.spare_epoch == epoch + 1
+            assert (tx.position, tx.released) == (received, released)
+    assert got == list(range(len(got)))
+    assert rx.received - rx.released == len(held) - sum(position < rx.released for position in held)
+
+
+@pytest.mark.parametrize(
+    ("released", "received", "slots"),
+    [(1, 5, 8), (6, 5, 8), (2, 11, 16), (9, 11, 8), (2, 10, 7)],
+    ids=[
+        "goes back",
+        "more released than received",
+        "from the future",
+        "both from the future",
+        "too many for the ring",
+    ],
+)
+def test_a_receiver_that_can_not_have_what_it_says(released: int, received: int, slots: int) -> None:
+    ring = SendRing(8)
+    for _ in range(2):
+        ring.on_completed(ring.take())
+    ring.on_credit(2)
+    for _ in range(8):
+        ring.on_completed(ring.take())
+    ring.check_resume(2, 10, 8)
+    with pytest.raises(RemoteProtocolError):
+        ring.check_resume(released, received, slots)
+
+
+def test_more_frames_are_held_than_the_next_ring_has_slots() -> None:
+    ring = RecvRing(4)
+    for position in range(3):
+        ring.next_on[0] = ring.received = position + 1
+    ring.resume(3, 1, 0)
+    with pytest.raises(RemoteProtocolError):
+        ring.resume(2, 1, 0)
