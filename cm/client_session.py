@@ -47,6 +47,11 @@ BYE_TIMEOUT_S = 1.0
 """How long BYE is repeated after an error."""
 RENEWALS_A_LEASE = 3
 RETRIES_A_LEASE = 12
+RETRY_AT_LEAST = 5
+"""At least so often in a lease a request is repeated."""
+
+LONGEST_RETRY_S = 2.0
+"""... and at least every so many seconds during the handshake."""
 
 
 class ClientHandler(Protocol):
@@ -106,6 +111,7 @@ class ClientSession:
         self._out: bytes | None = None
         self._asked_s = 0.0
         self._sent_s = 0.0
+        self._repeats = 0
         self._alive_s = 0.0
         self._deadline_s = 0.0
         self._resizes: deque[Resize] = deque()
@@ -139,7 +145,7 @@ class ClientSession:
             return None
         due: list[float] = []
         if self._awaited is not None:
-            due.append(self._sent_s + self._retry_s)
+            due.append(self._sent_s + self._patience_s)
         if self.state is not ClientState.CONNECTED:
             due.append(self._deadline_s)
         else:
@@ -165,7 +171,8 @@ class ClientSession:
                     self._fail(PeerLost(f"nothing was heard of {self._endpoint} for {self.lease_s:g} s."), now_s)
                 elif self._awaited is None and now_s >= self._alive_s + self.lease_s / RENEWALS_A_LEASE:
                     self._ask(Renew(session=self.session_id, request=1), now_s)
-        if self._awaited is not None and now_s >= self._sent_s + self._retry_s:
+        if self._awaited is not None and now_s >= self._sent_s + self._patience_s:
+            self._repeats += 1
             self._send(now_s)
 
     def on_reply(self, data: bytes, now_s: float) -> None:
@@ -310,8 +317,18 @@ class ClientSession:
         except KeyError:
             raise LocalProtocolError(f"{event.value} has no place in a session that is {self.state.value}") from None
 
+    @property
+    def _patience_s(self) -> float:
+        """How long to wait for an answer before it is asked again. Ever longer: a peer that is busy with many is not helped by
+        being asked more often."""
+        if self.state is ClientState.CLOSING:
+            return self._retry_s  # there is little time
+        longest_s = LONGEST_RETRY_S if self.state is not ClientState.CONNECTED else self.lease_s / RETRY_AT_LEAST
+        return min(self._retry_s * 2 ** min(self._repeats, 10), max(self._retry_s, longest_s))
+
     def _ask(self, message: Message, now_s: float) -> None:
         self._number += 1
+        self._repeats = 0
         message = msgspec.structs.replace(message, session=self.session_id, request=self._number)
         self._data = encode(message)
         self._awaited = message

@@ -28,6 +28,7 @@ from rdmaxfer.errors import (
     NotConnected,
     PeerLost,
     RdmaxferError,
+    Refused,
     RemoteProtocolError,
     VerbsError,
 )
@@ -249,7 +250,14 @@ class Node(Generic[L, S]):
         origin = Origin(endpoint, parse(endpoint).host, key)
         stream = new_stream(secrets.token_bytes(messages.SESSION_BYTES), origin)
         stream.reconnect_s = self.reconnect_s
-        self.reach(stream, timeout)
+        deadline = Deadline(timeout)
+        while True:
+            try:
+                return self.reach(stream, None if timeout is None else max(0.0, deadline.left_s()))
+            except Refused as error:
+                # A peer that is so busy that it gave this handshake up before it had come to it.
+                if error.code != messages.RefuseCode.UNKNOWN_SESSION.value or deadline.left_s() <= 0:
+                    raise
 
     def reach(self, stream: S, timeout: float | None) -> None:
         """Connect a stream that has an origin, for the first time or again. Raises what `connect` does."""
