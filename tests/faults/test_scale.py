@@ -256,6 +256,24 @@ def test_64_senders_into_one_receiver() -> None:
         assert (statistics.leased, statistics.peers_lost, statistics.pinned_bytes) == (0, 0, 0)
 
 
+def test_64_senders_connect_at_once() -> None:
+    """Handshakes that have to wait for each other are all done in the end, and nobody is given up meanwhile."""
+    senders = 64
+    with rdmaxfer.Receiver(slots=4, lease_s=LEASE_S) as rx, contextlib.ExitStack() as stack:
+        endpoint = rx.bind("tcp://127.0.0.1:*")
+        each = senders // PROCESSES
+        children = [stack.enter_context(process(SENDERS, endpoint, n * each, each, 1)) for n in range(PROCESSES)]
+        began = time.monotonic()
+        for child in children:
+            wait_for_line(child, "connected")
+        report("connections at once", senders, began)
+        assert rx.statistics().peers == senders
+        for child in children:
+            go_on(child)
+        assert sorted(take(rx, children).metadata["of"] for _ in range(senders)) == [[n, 0] for n in range(senders)]
+        assert rx.statistics().peers_lost == 0
+
+
 def receive_from_all(rx: rdmaxfer.Receiver, endpoint: str, senders: int, frames: int) -> None:
     each = senders // PROCESSES
     got = [0] * senders
