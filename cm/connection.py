@@ -42,6 +42,16 @@ class BoundServer:
         """Connections whose ZeroMQ handshake failed: no key, a wrong one, or no ZeroMQ at all."""
         return self._channel.turned_away
 
+    @property
+    def refused(self) -> int:
+        """Requests that were answered by a refusal."""
+        return self._channel.sessions.refused
+
+    @property
+    def expired(self) -> int:
+        """Sessions that were not heard of any more, and handshakes that were not finished."""
+        return self._channel.sessions.expired
+
     def statistics(self) -> ServerStatistics:
         """Raises ClosedError once the control thread has ended."""
         return self._control.run(self._channel.sessions.statistics)

@@ -132,6 +132,7 @@ class ServerSessions:
         self._repeated = 0
         self._expired = 0
         self._refused: Counter[str] = Counter()
+        self._refused_in_all = 0
 
     def __repr__(self) -> str:
         return f"<ServerSessions sessions={len(self._sessions)} handshakes={self._handshakes}>"
@@ -197,6 +198,16 @@ class ServerSessions:
         for session in list(self._sessions.values()):
             if session.state is not ServerState.ENDED:
                 self._end(session, reason, "goodbye", code=RefuseCode.CLOSING)
+
+    @property
+    def refused(self) -> int:
+        """Refusals so far; may be read by any thread."""
+        return self._refused_in_all
+
+    @property
+    def expired(self) -> int:
+        """Sessions that ended because the peer was silent; may be read by any thread."""
+        return self._expired
 
     def statistics(self) -> ServerStatistics:
         return ServerStatistics(
@@ -384,6 +395,7 @@ class ServerSessions:
 
     def _send_refusal(self, key: tuple[bytes, int], refuse: Refuse) -> bytes:
         self._refused[refuse.code.value] += 1
+        self._refused_in_all += 1
         return encode(
             msgspec.structs.replace(
                 refuse, session=key[0], request=key[1], message=_short(refuse.message), fix=_short(refuse.fix)

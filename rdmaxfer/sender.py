@@ -66,6 +66,10 @@ class SenderStatistics:
     """Receivers connected now."""
     turned_away: int
     """Connections to endpoints bound here that failed before a word was said: no CURVE key, a wrong one, or no ZeroMQ at all."""
+    refused: int
+    """Requests to endpoints bound here that were refused: over a limit, malformed, replayed, of the wrong version or role, ..."""
+    expired: int
+    """Handshakes with endpoints bound here that were not finished, and connections that were not renewed."""
     reconnecting: int
     """Receivers whose connection broke, and that are expected to come back."""
     reconnects: int
@@ -363,6 +367,8 @@ class Sender(Node[SendLink, SendStream]):
             return SenderStatistics(
                 peers=len(self._links),
                 turned_away=sum(server.turned_away for server in self._servers),
+                refused=sum(server.refused for server in self._servers),
+                expired=sum(server.expired for server in self._servers),
                 reconnecting=sum(stream.link is None for stream in self._streams.values()),
                 reconnects=self._reconnects,
                 peers_lost=self._peers_lost,
