@@ -324,7 +324,7 @@ class ClientSession:
         if self.state is ClientState.CLOSING:
             return self._retry_s  # there is little time
         longest_s = LONGEST_RETRY_S if self.state is not ClientState.CONNECTED else self.lease_s / RETRY_AT_LEAST
-        return min(self._retry_s * 2 ** min(self._repeats, 10), max(self._retry_s, longest_s))
+        return min(self._retry_s * (1 << min(self._repeats, 10)), max(self._retry_s, longest_s))
 
     def _ask(self, message: Message, now_s: float) -> None:
         self._number += 1
