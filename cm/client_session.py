@@ -47,10 +47,10 @@ BYE_TIMEOUT_S = 1.0
 """How long BYE is repeated after an error."""
 RENEWALS_A_LEASE = 3
 RETRIES_A_LEASE = 12
-RETRY_AT_LEAST = 5
+RETRY_AT_LEAST = 3
 """At least so often in a lease a request is repeated."""
 
-LONGEST_RETRY_S = 2.0
+LONGEST_RETRY_S = 8.0
 """... and at least every so many seconds during the handshake."""
 
 
@@ -351,7 +351,9 @@ class ClientSession:
         if self.state is ClientState.CLOSING:
             self._over(None)
         elif self.state is not ClientState.ENDED:
-            end: End = "broken" if isinstance(error, PeerLost | ConnectTimeout) else "lost"
+            # Who could not connect for the first time has told its user, and does not come back.
+            may_come_back = isinstance(error, PeerLost) or (isinstance(error, ConnectTimeout) and self._hello.resume)
+            end: End = "broken" if may_come_back else "lost"
             self._leave(str(error), now_s, now_s + BYE_TIMEOUT_S, end)
             self._tell(error)
 

@@ -134,7 +134,8 @@ class _Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 class Hello(_Message, frozen=True, tag="hello"):
     """The connecting side asks for a connection. `slots` and `slot_bytes` are wishes, `slot_bytes` 0 is none.
 
-    `node` stands for the object that asks, `stream` for the frames between it and its peer, over however many connections. A
+    `node` stands for the object that asks, `stream` for the frames between it and its peer, over however many connections;
+    `attempt` grows, so that a HELLO which comes late is known as such. A
     receiver with an `identity` is the successor of any other with the same one. `resume` is there when `stream` is to go on: a
     receiver says what it has, a sender from where it kept frames (`released`) and what it has written (`received`). For
     `reconnect_s` seconds this side will try to come back if the connection breaks."""
@@ -142,6 +143,7 @@ class Hello(_Message, frozen=True, tag="hello"):
     role: Role
     node: _Id
     stream: _Id
+    attempt: _Request
     identity: _Name
     resume: Progress | None
     fabrics: Annotated[tuple[Fabric, ...], Meta(min_length=1, max_length=MAX_FABRICS)]

@@ -76,6 +76,17 @@ class Domains(Generic[L]):
             elif event.name in PORT_STATES:
                 state, level = PORT_STATES[event.name]
                 log.log(level, "port %d of %s is %s", event.port, domain.name, state)
+                if event.name == "PORT_ACTIVE":
+                    self._begin_anew(domain, event.port)
+
+    def _begin_anew(self, domain: Domain, port: int) -> None:
+        """The port was down: its queue pairs may never send again, as those of Soft-RoCE, and nobody be told. What can be connected
+        again is."""
+        for link in self._links_on(domain):
+            if link.live and link.endpoint.route.port == port and link.stream.reconnect_s:
+                link.fail(
+                    PeerLost(f"port {port} of {domain.name} was down; the connection with {link.peer} begins anew.")
+                )
 
     def lose(self, domain: Domain) -> None:
         """The device failed or was removed: its links end, and one of that name that comes (back) is another. Again is harmless."""

@@ -96,6 +96,8 @@ class Acceptor(Generic[L, S]):
             link.peer = hello.name
         except DeviceError as error:
             return refused_for_fabric(hello, error)
+        except RemoteProtocolError as error:
+            return refusal(hello, RefuseCode.MALFORMED, error)
         except ClosedError:
             return refusal(hello, RefuseCode.CLOSING, "this side is closing.")
         try:
@@ -189,12 +191,14 @@ class Connector(Generic[L, S]):
         link = node.open_link(self.session, self._stream, node.route(host))
         self.link = link
         slots, slot_bytes, max_slot_bytes = node.wishes()
+        self._stream.attempt += 1
         self.hello = Hello(
             session=self.session,
             request=1,
             role=node.role,
             node=node.id,
             stream=self._stream.id,
+            attempt=self._stream.attempt,
             identity=node.identity,
             resume=node.progress(self._stream),
             fabrics=(verbs_address(link.endpoint),),

@@ -365,11 +365,17 @@ class Node(Generic[L, S]):
         has one, that one ends."""
         with self._lock:
             stream = self._find_stream(hello)
+            if stream is not None and stream.id == hello.stream:
+                if hello.attempt <= stream.attempt:
+                    raise RemoteProtocolError("this attempt to connect was given up, and another one has followed.")
+                stream.attempt = hello.attempt
             links = [link for link in self._opening.values() if link.stream.id == hello.stream]
             if stream is not None and stream.link is not None:
                 links.append(stream.link)
         for link in links:
             self._displace(link, replaced=link.stream.id != hello.stream)
+        if stream is not None and stream.latest is not None:
+            self.retire(stream.latest)  # nothing can arrive any more
         with self._lock:
             if stream is None or self._streams.get(stream.id) is not stream:
                 stream = new_stream(hello.stream, None)
@@ -380,6 +386,7 @@ class Node(Generic[L, S]):
                     stream.id = hello.stream
                     self._streams[stream.id] = stream
                 start = self._start(stream, hello)
+            stream.attempt = hello.attempt
             stream.identity = hello.identity
             # A named one may have a successor, whatever it means to do itself.
             stream.reconnect_s = self.reconnect_s if hello.identity else min(self.reconnect_s, hello.reconnect_s)
@@ -476,6 +483,7 @@ class Node(Generic[L, S]):
             if link.state is LinkState.OPENING and not self._closing and stream.link is None:
                 link.state = LinkState.READY
                 stream.link, stream.peer = link, link.peer
+                stream.latest = link
                 before = self._streams.get(stream.id)
                 self._streams[stream.id] = stream
                 if before is not None and before is not stream:

@@ -20,6 +20,8 @@ log = logging.getLogger("rdmaxfer")
 FIRST_PAUSE_S: Final = 0.05
 LONGEST_PAUSE_S: Final = 2.0
 
+TEARDOWN_PAUSE_S: Final = 0.02
+
 ATTEMPT_S: Final = 5.0
 """How long to ask one address: then the name is looked up, and the device chosen, anew."""
 
@@ -53,6 +55,12 @@ class Reconnecting(threading.Thread):
             if not self._node.pause(min(pause_s * random.uniform(0.5, 1.0), max(0.0, self._end_s - time.monotonic()))):
                 return
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+            latest = self._stream.latest
+            while (
+                latest is not None and not latest.torn_down
+            ):  # what it still brings must be known before HELLO says what has come
+                if not self._node.pause(TEARDOWN_PAUSE_S):
+                    return
             left_s = self._end_s - time.monotonic()
             if self._stream.waits != self._turn or self._stream.link is not None:
                 return

@@ -52,6 +52,7 @@ class RecvStream(Stream[RecvLink]):
         """A new stream in the place of this one, which its sender has forgotten."""
         stream = RecvStream(self.id, self.origin, self._inbox)
         stream.node, stream.peer = self.node, self.peer
+        stream.attempt = self.attempt
         stream.waits, stream.lost, stream.reconnect_s = self.waits, self.lost, self.reconnect_s
         stream.received_seq = stream.seq_before_first = max(self.latest_seq, self.received_seq)
         return stream

@@ -21,6 +21,13 @@ if TYPE_CHECKING:
     from rdmaxfer.send_stream import SendStream
 
 
+LOOKS_APART_S = 2.0
+"""Looks after a link that are further apart say nothing."""
+
+SLOWEST_BYTES_PER_S = 2e6
+"""A connection that carries less counts as dead; it is slower than an emulated machine."""
+
+
 class _Posted:
     """Work requests that were posted and not yet seen completed: up to which ordinal, which position (-1: no frame), and the frame
     whose memory they read."""
@@ -72,6 +79,9 @@ class SendLink(Link):
         self._depth = 0
         self._lanes: list[_Lane] = []
         self._recvs_due: list[int] = []
+        self._looked_s = 0.0
+        self._progress = (-1, -1)
+        self._progress_s = 0.0
         self.latest_seq = -1
         """Sequence number of the latest frame written."""
 
@@ -244,6 +254,22 @@ class SendLink(Link):
             if not self.endpoint.last_posted:
                 lane.unsignalled += 1  # recorded, but no completion will come of it: a later `fence` has to ask for one
             raise
+
+    def look_after(self, now_s: float, patience_s: float) -> None:
+        """Called now and then while frames are on their way. Ends the link if the device has confirmed nothing for `patience_s`
+        and as long as what is on its way may take: a device can repeat for ever what the network does not carry."""
+        in_flight = [lane for lane in self._lanes if lane.in_flight]
+        progress = (sum(lane.completed for lane in self._lanes), self.ring.released)
+        late = now_s - self._looked_s > LOOKS_APART_S  # this process was stopped, not the device
+        self._looked_s = now_s
+        if not in_flight or late or progress != self._progress:
+            self._progress, self._progress_s = progress, now_s
+            return
+        self.fence()
+        bytes_in_flight = sum(out.payload_bytes for out in self.reads_from)
+        if now_s - self._progress_s > patience_s + bytes_in_flight / SLOWEST_BYTES_PER_S and self.live:
+            text = f"the device has not confirmed anything of what was written to {self.peer} for {now_s - self._progress_s:.1f} s."
+            self.fail(PeerLost(text, fix="see that both sides and all switches between have the same MTU, and are up."))
 
     @property
     def reads_from(self) -> Iterator[Outgoing]:

@@ -565,7 +565,13 @@ class Sender(Node[SendLink, SendStream]):
     def _watch(self) -> None:
         with self._lock:
             self._watching = False
-            self._waiter.poll()
+            self._waiter.settle()
+            now_s = time.monotonic()
+            for link in self._links:
+                link.look_after(now_s, self.lease_s)
+            if any(not link.live for link in self._links):
+                self._drop_ended()
+                self._waiter.wake()
             if not self._closing and any(stream.holds for stream in self._streams.values()):
                 self._watch_later()
 

@@ -42,6 +42,10 @@ class Stream(Generic[L]):
         """The connection in use; None while it waits for one."""
         self.lost: PeerLost | None = None
         """Why it waits."""
+        self.latest: L | None = None
+        """The connection in use, or the one before: to be torn down before the stream goes on."""
+        self.attempt = 0
+        """Of the latest HELLO about it, sent or received."""
         self.waits = 0
         """How often it has begun to wait."""
 

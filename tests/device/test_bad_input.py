@@ -285,6 +285,7 @@ def hello(**changes: Any) -> messages.Hello:
         "role": "sender",
         "node": secrets.token_bytes(16),
         "stream": secrets.token_bytes(16),
+        "attempt": 1,
         "identity": "",
         "resume": None,
         "fabrics": (fabric,),

@@ -124,6 +124,7 @@ class RogueSender(Rogue):
             "role": self.role,
             "node": secrets.token_bytes(16),
             "stream": secrets.token_bytes(16),
+            "attempt": 1,
             "identity": "",
             "resume": None,
             "fabrics": (verbs_address(self.endpoint),),

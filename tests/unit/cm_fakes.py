@@ -33,6 +33,7 @@ def make_hello(lease_s: float = 10.0) -> m.Hello:
         role="sender",
         node=b"n" * 16,
         stream=b"s" * 16,
+        attempt=1,
         identity="",
         resume=None,
         fabrics=(VERBS,),

@@ -34,6 +34,7 @@ HELLO = m.Hello(
     role="sender",
     node=b"n" * 16,
     stream=b"s" * 16,
+    attempt=1,
     identity="",
     resume=m.Progress(released=3, received=5),
     fabrics=(VERBS,),

@@ -53,6 +53,7 @@ def make_hello(number: int = 1, role: m.Role = "sender", lease_s: float = LEASE_
         role=role,
         node=b"n" * 16,
         stream=b"s" * 16,
+        attempt=1,
         identity="",
         resume=None,
         fabrics=(VERBS,),
