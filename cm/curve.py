@@ -86,6 +86,8 @@ class AllowedKeys:
         self.directory = Path(directory)
         self._changed_ns = -1
         self._names: dict[bytes, str] = {}
+        self._left_out: dict[Path, str] = {}
+        """Files that can't be used, and why: what the log has been told."""
         if not self.directory.is_dir():
             raise CurveError(
                 f"{directory} is no directory.",
@@ -113,12 +115,16 @@ class AllowedKeys:
         if changed_ns == self._changed_ns and time.time_ns() - changed_ns > SETTLED_NS:
             return
         names: dict[bytes, str] = {}
+        left_out: dict[Path, str] = {}
         for file in sorted(self.directory.glob("*" + PUBLIC_SUFFIX)):
             try:
                 names[load_public_key(file)] = file.name.removesuffix(PUBLIC_SUFFIX)
             except CurveError as error:
-                log.warning("a key is left out: %s", error)
-        self._names, self._changed_ns = names, changed_ns
+                left_out[file] = str(error)
+        for file, text in left_out.items():
+            if self._left_out.get(file) != text:  # once: this is done for every peer, as long as the directory is new
+                log.warning("a key is left out: %s", text)
+        self._names, self._left_out, self._changed_ns = names, left_out, changed_ns
 
 
 def _load(path: Path) -> tuple[bytes, bytes | None]:

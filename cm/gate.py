@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
+import time
+from collections import OrderedDict
 from collections.abc import Iterator
 
 import zmq
@@ -22,11 +25,47 @@ EVENTS_A_TURN = 256
 FAILED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 
 
+LINES_A_MINUTE = 10
+MENTION_AGAIN_S = 3600.0
+MAX_REMEMBERED = 1024
+
+
+class Mentions:
+    """Which of those turned away are worth a line in the log: each key once an hour, and so many a minute in all. Pure.
+
+    Whoever reaches the port can make up keys as fast as he likes; the log, and the disk below it, are not for him to fill.
+    """
+
+    def __init__(self, lines_a_minute: int = LINES_A_MINUTE) -> None:
+        self._lines_a_minute = lines_a_minute
+        self._said_s: OrderedDict[bytes, float] = OrderedDict()
+        self._minute_s = -math.inf
+        self._lines = 0
+        self._unsaid = 0
+
+    def take(self, key: bytes, now_s: float) -> tuple[bool, int]:
+        """The owner of `key` was turned away: whether to say so; and, once a minute, how many times nothing was said."""
+        unsaid = 0
+        if now_s >= self._minute_s + 60:
+            unsaid, self._unsaid = self._unsaid, 0
+            self._minute_s, self._lines = now_s, 0
+        if now_s < self._said_s.get(key, -math.inf) + MENTION_AGAIN_S or self._lines >= self._lines_a_minute:
+            self._unsaid += 1
+            return False, unsaid
+        self._lines += 1
+        self._said_s[key] = now_s
+        self._said_s.move_to_end(key)
+        while len(self._said_s) > MAX_REMEMBERED:
+            self._said_s.popitem(last=False)
+        return True, unsaid
+
+
 class Gate:
     """Answers ZeroMQ's question about each key that comes to a bound socket of `context`."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], allowed: AllowedKeys) -> None:
         self._allowed = allowed
+        self._mentions = Mentions()
         self._authenticator = Authenticator(context)
         self._authenticator.start()
         self._authenticator.configure_curve_callback("*", self)
@@ -36,10 +75,16 @@ class Gate:
         """What the Authenticator asks: may the owner of this key come in?"""
         name = self._allowed.name_of(key)
         if name is None:
-            log.warning(
-                "turned away a peer with the key %s, which is not in %s", key.decode("ascii"), self._allowed.directory
-            )
+            self._mention(key)
         return name is not None
+
+    def _mention(self, key: bytes) -> None:
+        say, unsaid = self._mentions.take(key, time.monotonic())
+        directory = self._allowed.directory
+        if unsaid:
+            log.warning("turned away %d more connections of peers whose keys are not in %s", unsaid, directory)
+        if say:
+            log.warning("turned away a peer with the key %s, which is not in %s", key.decode("ascii"), directory)
 
     def on_readable(self) -> None:
         """Answer what was asked."""
