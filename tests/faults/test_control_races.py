@@ -12,7 +12,10 @@ from helpers import TIMEOUT_S, check_frames, picture, wait_until
 from streams import States, apart, streaming, through
 from tcp_proxy import TcpProxy
 from test_control_resume import BINDS, OPTIONS, broke, came_back_unharmed
+from test_strangers import Knocking
 
+import rdmaxfer
+from rdmaxfer.fabric.devices import Route
 from rdmaxfer.waiting import SETTLE_S
 
 
@@ -118,3 +121,28 @@ def test_a_thread_that_was_held_up_when_the_connection_broke(bind: str) -> None:
         wait_until(lambda: all(states.names[-1] != "reconnecting" for states in told), "it is over")
         stream.goes_on(100)
         came_back_unharmed(tx, rx)
+
+
+@BINDS
+def test_who_has_given_up_connecting_is_not_waited_for(bind: str) -> None:
+    """Its `connect` has raised, so it will not come back, though the bound side had it connected for a moment."""
+    told = States()
+    options = {"sender": {"lease_s": 3.0}, "receiver": {"lease_s": 3.0}}
+    options[bind]["on_state"] = told  # type: ignore[assignment]
+    with apart(bind, **options) as (proxy, _, _, bound, connecting):
+        proxy.lose("started")
+        with pytest.raises(rdmaxfer.ConnectTimeout):
+            connecting.connect(proxy.endpoint, timeout=1.5)
+        wait_until(lambda: told.names[:1] == ["connected"], "the bound side had it connected")
+        wait_until(lambda: bound.statistics().reconnecting == bound.statistics().peers == 0, "it is given up", 10)
+
+
+@BINDS
+def test_a_flood_of_handshakes_breaks_no_lease(bind: str, route: Route) -> None:
+    both = {"lease_s": 1.0, "slots": 4}
+    with through(bind, sender=both, receiver=both) as (_, tx, rx), streaming(tx, rx) as stream:
+        bound: Any = rx if bind == "receiver" else tx
+        role = "sender" if bind == "receiver" else "receiver"
+        Knocking(bound._servers[0].endpoint, route, role, 300).thread.result()
+        stream.goes_on()
+        assert bound.statistics().reconnects == 0
