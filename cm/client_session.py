@@ -46,7 +46,7 @@ from rdmaxfer.errors import (
 BYE_TIMEOUT_S = 1.0
 """How long BYE is repeated after an error."""
 RENEWALS_A_LEASE = 3
-RETRIES_A_LEASE = 12
+RETRIES_A_LEASE = 6
 RETRY_AT_LEAST = 3
 """At least so often in a lease a request is repeated."""
 
@@ -112,6 +112,8 @@ class ClientSession:
         self._asked_s = 0.0
         self._sent_s = 0.0
         self._repeats = 0
+        self._took_s = 0.0
+        """How long the last answer took."""
         self._alive_s = 0.0
         self._deadline_s = 0.0
         self._resizes: deque[Resize] = deque()
@@ -198,6 +200,7 @@ class ClientSession:
             return
         self._awaited = None
         self._alive_s = self._asked_s
+        self._took_s = now_s - self._sent_s
         try:
             self._take(asked, reply, now_s)
         except RdmaxferError as error:
@@ -324,7 +327,8 @@ class ClientSession:
         if self.state is ClientState.CLOSING:
             return self._retry_s  # there is little time
         longest_s = LONGEST_RETRY_S if self.state is not ClientState.CONNECTED else self.lease_s / RETRY_AT_LEAST
-        return min(self._retry_s * (1 << min(self._repeats, 10)), max(self._retry_s, longest_s))
+        first_s = max(self._retry_s, 2 * self._took_s)  # repeating costs the socket, and far peers much time
+        return min(first_s * (1 << min(self._repeats, 10)), max(self._retry_s, longest_s))
 
     def _ask(self, message: Message, now_s: float) -> None:
         self._number += 1

@@ -301,6 +301,8 @@ class Control:
                 if not self._watched[fd]():
                     self._poller.unregister(fd)
                     del self._watched[fd]
+            for server in self._servers:
+                server.on_turn(monotonic_s)
             self._run_calls()
             if self._closing and not leaving:
                 leaving = True
@@ -316,6 +318,8 @@ class Control:
                 return
 
     def _poll_ms(self) -> int:
+        if any(channel.busy for channel in self._servers):
+            return 0
         deadlines = [channel.sessions.next_deadline() for channel in self._servers]
         deadlines += [channel.session.next_deadline() for channel in self._clients]
         if self._later:

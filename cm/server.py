@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+from collections.abc import Callable
 from typing import Any
 
 import zmq
@@ -22,6 +23,11 @@ from rdmaxfer.errors import EndpointError
 
 REQUESTS_A_TURN = 64
 """So that a flood of requests does not keep the control thread from everything else."""
+
+HANDSHAKES_FOR_S = 0.005
+"""So long a turn answers who is not connected yet: queue pairs and rings take time, and those who are connected renew leases."""
+MAX_WAITING = 1024
+"""Requests of such that wait for it. Others are not answered, and their senders ask again."""
 
 _FIXES = {
     errno.EADDRINUSE: "another socket is bound there: close it, choose another port, or bind to port * for a free one.",
@@ -65,6 +71,8 @@ class ServerChannel:
             text = f"{endpoint!r} can't be bound: {zmq.strerror(code)}."
             raise EndpointError(text, fix=_FIXES.get(code, "")) from None
         self.watch = HandshakeWatch(self.socket)
+        self._waiting: dict[bytes, tuple[list[bytes], str]] = {}
+        """Requests of who is not connected, in order, with the envelope and the address of the last who sent it."""
         self.turned_away = 0
         """Connections whose ZeroMQ handshake failed: no key, a wrong one, or no ZeroMQ at all."""
         self.sessions = ServerSessions(
@@ -79,18 +87,43 @@ class ServerChannel:
         """Count what has failed."""
         self.turned_away += sum(1 for event, _ in self.watch.events() if event & FAILED)
 
+    @property
+    def busy(self) -> bool:
+        """Whether requests wait for `on_turn`."""
+        return bool(self._waiting)
+
     def on_readable(self, now_s: float) -> None:
-        """Answer what has arrived."""
+        """Answer what has arrived from those who are connected; what others want waits for `on_turn`."""
         for _ in range(REQUESTS_A_TURN):
             try:
                 parts: list[Any] = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
             envelope, data = _open(parts)
-            reply = self.sessions.on_request(data, _peer(parts[-1]), now_s)
-            # A ROUTER drops what is for somebody who is gone.
-            with contextlib.suppress(zmq.Again):
-                self.socket.send_multipart([*envelope, reply], zmq.NOBLOCK)
+            peer = _peer(parts[-1])
+            if self.sessions.is_started(data):
+                self._answer(envelope, data, peer, now_s)
+            elif data in self._waiting or len(self._waiting) < MAX_WAITING:
+                self._waiting[data] = (
+                    envelope,
+                    peer,
+                )  # a repeat keeps its place; its sender listens only to the last
+
+    def on_turn(self, clock_s: Callable[[], float]) -> None:
+        """Answer some of those who are not connected, one at least."""
+        end_s = clock_s() + HANDSHAKES_FOR_S
+        while self._waiting:
+            data = next(iter(self._waiting))
+            envelope, peer = self._waiting.pop(data)
+            self._answer(envelope, data, peer, clock_s())
+            if clock_s() >= end_s:
+                return
+
+    def _answer(self, envelope: list[bytes], data: bytes, peer: str, now_s: float) -> None:
+        reply = self.sessions.on_request(data, peer, now_s)
+        # A ROUTER drops what is for somebody who is gone.
+        with contextlib.suppress(zmq.Again):
+            self.socket.send_multipart([*envelope, reply], zmq.NOBLOCK)
 
     def close(self, reason: str) -> None:
         """End all sessions. The socket goes on to refuse until `close_socket`."""

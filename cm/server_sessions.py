@@ -7,6 +7,7 @@ The handler is called from within these methods, and may call `end` and `close` 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections import Counter, OrderedDict
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ from rdmaxfer.errors import LocalProtocolError, RdmaxferError, RemoteProtocolErr
 
 MAX_REMEMBERED = 1024
 """Ended sessions whose ids, and last replies, are kept."""
+ENDS_A_TICK = 4
+"""Taking down queue pairs and rings takes time, in which nobody is answered."""
 
 
 class ServerHandler(Protocol):
@@ -170,9 +173,15 @@ class ServerSessions:
             fix="connect again.",
         )
 
+    def is_started(self, data: bytes) -> bool:
+        """Whether a request is of a connected peer. (Not that it is valid.)"""
+        session = self._sessions.get(peek(data)[0])
+        return session is not None and session.state is ServerState.STARTED
+
     def on_tick(self, now_s: float) -> None:
-        """Time has passed: end the sessions that were not heard of. Call it at `next_deadline`, or more often."""
-        for session in [session for session in self._sessions.values() if session.deadline_s <= now_s]:
+        """Time has passed: end sessions that were not heard of, a few at a time. Call it at `next_deadline`, or more often."""
+        late = (session for session in self._sessions.values() if session.deadline_s <= now_s)
+        for session in list(itertools.islice(late, ENDS_A_TICK)):
             self._expired += 1
             if session.state is ServerState.STARTED:
                 text = f"nothing was heard of the peer for {session.lease_s:g} s"

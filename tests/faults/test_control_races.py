@@ -12,13 +12,15 @@ from helpers import TIMEOUT_S, check_frames, picture, wait_until
 from streams import States, apart, streaming, through
 from tcp_proxy import TcpProxy
 from test_control_resume import BINDS, OPTIONS, broke, came_back_unharmed
+from test_strangers import Knocking
 
 import rdmaxfer
+from rdmaxfer.fabric.devices import Route
 from rdmaxfer.waiting import SETTLE_S
 
 
 @BINDS
-@pytest.mark.parametrize("one_way_s", [0.02, 0.1])
+@pytest.mark.parametrize("one_way_s", [0.02, 0.1, 0.5])
 def test_two_sides_that_are_far_apart_connect_and_stay_connected(bind: str, one_way_s: float) -> None:
     both = {"lease_s": 10.0, "reconnect": False}
     with apart(bind, sender=both, receiver=both) as (proxy, tx, rx, bound, connecting):
@@ -133,3 +135,15 @@ def test_who_has_given_up_connecting_is_not_waited_for(bind: str) -> None:
             connecting.connect(proxy.endpoint, timeout=1.5)
         wait_until(lambda: told.names[:1] == ["connected"], "the bound side had it connected")
         wait_until(lambda: bound.statistics().reconnecting == bound.statistics().peers == 0, "it is given up", 10)
+
+
+@BINDS
+def test_a_flood_of_handshakes_breaks_no_lease(bind: str, route: Route) -> None:
+    both = {"lease_s": 2.0, "slots": 4}
+    small = {**both, "slot_bytes": 16384}  # of the 300, each gets a ring
+    with through(bind, sender=both, receiver=small) as (_, tx, rx), streaming(tx, rx) as stream:
+        bound: Any = rx if bind == "receiver" else tx
+        role = "sender" if bind == "receiver" else "receiver"
+        Knocking(bound._servers[0].endpoint, route, role, 300).thread.result()
+        stream.goes_on()
+        assert bound.statistics().reconnects == 0

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from rdmaxfer.cm import messages as m
 from rdmaxfer.cm.protocol import ClientSession, ClientState, ServerSessions
+from rdmaxfer.cm.server_sessions import ENDS_A_TICK
 from rdmaxfer.errors import (
     ConnectTimeout,
     FrameTooLarge,
@@ -586,6 +587,53 @@ def test_the_lease_counts_from_when_the_answered_request_was_sent() -> None:
     assert client.state is ClientState.CONNECTED
     client.on_tick(sent_s + LEASE_S)
     assert isinstance(world.client_handler.ends[0], PeerLost)
+
+
+def test_a_peer_that_is_far_away_is_given_the_time_that_it_took_before() -> None:
+    world = World()
+    world.client.start(world.now)
+    hello = world.client.outgoing()
+    assert hello is not None
+    assert world.server is not None
+    answer = world.server.on_request(hello, "", world.now)
+    took_s = RETRY_S * 0.9
+    world.client.on_reply(answer, world.now + took_s)
+    assert world.client.outgoing() is not None, "READY"
+    world.client.on_tick(world.now + took_s + 1.9 * took_s)
+    assert world.client.outgoing() is None, "READY is not asked again before it can be answered"
+    world.client.on_tick(world.now + took_s + 2.1 * took_s)
+    assert world.client.outgoing() is not None
+
+
+def test_who_is_connected_is_told_from_all_others() -> None:
+    world = World()
+    assert world.server is not None
+    assert not world.server.is_started(m.encode(make_hello(1)))
+    world.connect()
+    started = m.encode(m.Renew(session=make_hello(1).session, request=9))
+    assert world.server.is_started(started)
+    for other in (
+        m.encode(make_hello(2)),
+        m.encode(m.Renew(session=make_hello(2).session, request=9)),
+        b"",
+        b"rubbish",
+    ):
+        assert not world.server.is_started(other)
+
+
+def test_many_that_are_late_are_ended_a_few_at_a_time() -> None:
+    handler = Server()
+    server = make_server(handler, max_sessions=100)
+    for number in range(1, 51):
+        server.on_request(m.encode(make_hello(number)), "", 0.0)
+    server.on_tick(HANDSHAKE_S)
+    assert len(handler.open) == 50 - ENDS_A_TICK
+    deadline_s = server.next_deadline()
+    assert deadline_s is not None and deadline_s <= HANDSHAKE_S, "the others are due at once"
+    for _ in range(50):
+        server.on_tick(HANDSHAKE_S)
+    assert not handler.open
+    assert server.statistics().expired == 50
 
 
 def test_late_replies_are_ignored() -> None:
