@@ -629,7 +629,8 @@ def test_many_that_are_late_are_ended_a_few_at_a_time() -> None:
     server.on_tick(HANDSHAKE_S)
     assert len(handler.open) == 50 - ENDS_A_TICK
     deadline_s = server.next_deadline()
-    assert deadline_s is not None and deadline_s <= HANDSHAKE_S, "the others are due at once"
+    assert deadline_s is not None
+    assert deadline_s <= HANDSHAKE_S, "the others are due at once"
     for _ in range(50):
         server.on_tick(HANDSHAKE_S)
     assert not handler.open
