@@ -13,12 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import TIMEOUT_S, Background, check_frames, pair, picture, wait_until
+from streams import streaming
 
 import rdmaxfer
 from rdmaxfer.cli.counters import device_parent
 from rdmaxfer.fabric.devices import Route
+from rdmaxfer.fabric.route import gid_to_ip
 
 ADDRESS = "10.97.31.1"
+OTHER_ADDRESS = "10.97.44.9"
 PROMPTLY_S = 10.0
 
 
@@ -47,6 +50,11 @@ class SoftRoCE:
         except subprocess.CalledProcessError:
             self.unmake()
             raise
+
+    def renumber(self) -> None:
+        """Another address, and so another GID."""
+        run("ip", "address", "add", f"{OTHER_ADDRESS}/24", "dev", self.netdev)
+        run("ip", "address", "del", f"{ADDRESS}/24", "dev", self.netdev)
 
     def unmake(self) -> None:
         for command in (("rdma", "link", "delete", self.name), ("ip", "link", "delete", self.netdev)):
@@ -156,6 +164,32 @@ def test_a_stream_goes_on_when_its_device_is_back(device: SoftRoCE, bind: str) -
         tx.flush(timeout=TIMEOUT_S)
         assert receiving.result() == count
         assert tx.statistics().reconnects == rx.statistics().reconnects == 2
+
+
+@pytest.mark.parametrize("removed", [True, False], ids=["after it was removed", "while it is there"])
+@pytest.mark.parametrize("bind", ["sender", "receiver"])
+def test_a_stream_goes_on_when_its_device_has_another_address(device: SoftRoCE, bind: str, removed: bool) -> None:
+    options: dict[str, Any] = {"device": device.name, "lease_s": 2.0}
+    with (
+        pair(bind=bind, sender=options, receiver=options) as (tx, rx),  # the control plane has an address that stays
+        streaming(tx, rx) as stream,
+    ):
+        stream.goes_on()
+        assert gid_used(rx) == ADDRESS
+        if removed:
+            device.delete()
+            wait_until(lambda: tx.statistics().peers == rx.statistics().peers == 0, "both sides noticed")
+        device.renumber()
+        if removed:
+            device.add()
+        wait_until(lambda: tx.statistics().reconnects == rx.statistics().reconnects == 1, "both sides are connected again")
+        stream.goes_on()
+        assert gid_used(tx) == gid_used(rx) == OTHER_ADDRESS
+
+
+def gid_used(node: rdmaxfer.Sender | rdmaxfer.Receiver) -> str:
+    (link,) = node._links
+    return str(gid_to_ip(link.endpoint.route.gid))
 
 
 def test_frames_and_registered_memory_outlive_their_device(device: SoftRoCE) -> None:
