@@ -27,7 +27,7 @@ from rdmaxfer.link import recv_depth, send_depth
 from rdmaxfer.node import Node, StateChange
 from rdmaxfer.recv_link import RecvLink
 from rdmaxfer.recv_stream import RecvStream
-from rdmaxfer.waiting import Deadline
+from rdmaxfer.waiting import PATIENCE_S, Deadline
 
 if TYPE_CHECKING:
     from rdmaxfer.fabric.devices import Route
@@ -313,7 +313,10 @@ class Receiver(Node[RecvLink, RecvStream]):
                 self._ticking = True
 
     def _tick(self) -> None:
-        with self._lock:
+        if not self._lock.acquire(timeout=PATIENCE_S):  # somebody is at work, and leases are renewed on this thread
+            self._later(CREDIT_S, self._tick)
+            return
+        try:
             self._ticking = False
             for stream in self._streams.values():
                 stream.collect()
@@ -321,6 +324,8 @@ class Receiver(Node[RecvLink, RecvStream]):
                 link.give_kept_credit()
             if any(link.credit_kept for link in self._links):
                 self._tick_later()
+        finally:
+            self._lock.release()
 
     def resize_asked(self, link: RecvLink, wanted_bytes: int) -> None:
         if link.session not in self._connections:

@@ -39,7 +39,7 @@ from rdmaxfer.outgoing import Outgoing
 from rdmaxfer.send_link import SendLink
 from rdmaxfer.send_stream import TOO_LARGE, WHEN_FULL, Dropped, SendStream, WhenFull
 from rdmaxfer.staging import Holder, Registration, Source, StagingPool, StagingSlot
-from rdmaxfer.waiting import Deadline
+from rdmaxfer.waiting import PATIENCE_S, Deadline
 
 if TYPE_CHECKING:
     from rdmaxfer.fabric.devices import Route
@@ -51,6 +51,8 @@ RESIZE_RETRY_S = 0.02
 
 WATCH_S = 0.2
 """How often to look after frames that are on their way, if nobody else does."""
+ATTENDED_WATCH_S = 1.0
+"""... and if somebody does."""
 
 log = logging.getLogger("rdmaxfer")
 
@@ -559,13 +561,16 @@ class Sender(Node[SendLink, SendStream]):
 
     def _watch_later(self) -> None:
         """While frames are not released, see to it that errors are noticed also if nobody calls this object. With the lock held."""
-        self._later(WATCH_S, self._watch)
+        self._later(ATTENDED_WATCH_S if self._waiter.attended else WATCH_S, self._watch)
         self._watching = True
 
     def _watch(self) -> None:
-        with self._lock:
+        if not self._lock.acquire(timeout=PATIENCE_S):  # somebody is at work, and leases are renewed on this thread
+            self._later(WATCH_S, self._watch)
+            return
+        try:
             self._watching = False
-            self._waiter.settle()
+            self._waiter.poll()  # nothing if another thread polls: it will notice by itself
             now_s = time.monotonic()
             for link in self._links:
                 link.look_after(now_s, self.lease_s)
@@ -574,6 +579,8 @@ class Sender(Node[SendLink, SendStream]):
                 self._waiter.wake()
             if not self._closing and any(stream.holds for stream in self._streams.values()):
                 self._watch_later()
+        finally:
+            self._lock.release()
 
     def _pump_later(self) -> None:
         """See to it that what waits is written also if nobody calls this object. With the lock held."""

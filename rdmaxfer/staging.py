@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from rdmaxfer.fabric.verbs import ProtectionDomain, Region
 
 
+PAGE = 4096
+
+
 class Holder:
     """Stands for the use of a piece of memory."""
 
@@ -123,7 +126,8 @@ class StagingPool:
             if slot is None:
                 return None
         if slot is None or slot.nbytes < nbytes:
-            fresh = StagingSlot(nbytes)
+            # Registering takes longer than copying: leave room, so that frames which grow little by little don't need it each time.
+            fresh = StagingSlot(_rounded(nbytes if slot is None else nbytes * 5 // 4))
             if slot is None:
                 self._all.append(fresh)
             else:
@@ -156,6 +160,10 @@ class StagingPool:
         self._gone.clear()
         while self._all:
             self._all.pop().unregister()
+
+
+def _rounded(nbytes: int) -> int:
+    return max(1, -(-nbytes // PAGE)) * PAGE
 
 
 class Registration(Source):

@@ -22,7 +22,13 @@ if TYPE_CHECKING:
     from rdmaxfer.fabric.poller import Poller
 
 SLICE_S = 0.1
-"""Longest uninterrupted sleep: Ctrl-C is noticed within this time even if the signal went to another thread."""
+"""Longest uninterrupted sleep of the main thread: Ctrl-C is noticed within this time even if the signal went to another thread."""
+
+LONG_SLICE_S = 1.0
+"""... and of other threads, which Python never interrupts: waking up is what waiting costs."""
+
+PATIENCE_S = 0.05
+"""How long the control thread waits for the lock, for work that can wait."""
 
 SETTLE_S = 1.0
 """How long a thread that polls may take to do so."""
@@ -54,6 +60,10 @@ class Deadline:
     def within(self, timeout_s: float) -> Deadline:
         """A deadline in `timeout_s` seconds, or this one if it is earlier."""
         return Deadline(max(0.0, min(timeout_s, self.left_s())))
+
+
+def _slice_s() -> float:
+    return SLICE_S if threading.current_thread() is threading.main_thread() else LONG_SLICE_S
 
 
 class Waiter(Generic[L]):
@@ -114,7 +124,7 @@ class Waiter(Generic[L]):
             value = ready()
             if value is not None:
                 return value
-            sleep_s = min(SLICE_S, deadline.left_s())
+            sleep_s = min(_slice_s(), deadline.left_s())
             if sleep_s <= 0:
                 raise TimeoutExpired(f"{what} took longer than the timeout.")
             if self._leader or not self.links or self._poller is None:
@@ -126,7 +136,12 @@ class Waiter(Generic[L]):
         """Sleep until `until()`, without polling, and without `check`; or until the time is up."""
         deadline = Deadline(timeout_s)
         while not until() and (left_s := deadline.left_s()) > 0:
-            self._follow(min(SLICE_S, left_s))
+            self._follow(min(_slice_s(), left_s))
+
+    @property
+    def attended(self) -> bool:
+        """Whether some thread is polling: then it will notice by itself what happens."""
+        return self._leader
 
     def settle(self) -> None:
         """Handle what has arrived by now, also if it is another thread that polls."""
