@@ -31,6 +31,7 @@ NODE_BYTES = 16
 NO_SESSION = bytes(SESSION_BYTES)
 """The session of a refusal that answers something whose session could not be read."""
 
+TCP_KEY_BYTES = 16
 MAX_TEXT_CHARS = 1024
 MAX_NAME_CHARS = 128
 MAX_FABRICS = 8
@@ -41,6 +42,9 @@ MAX_SLOT_BYTES = 0xFF_FFFF * 4096
 MAX_LEASE_S = 86400.0
 MIN_LEASE_S = 0.05
 MAX_RECONNECT_S = 86400.0
+NO_MTU = 0
+NO_MAX_MSG_SZ = (1 << 32) - 1
+"""What ACCEPT says for a fabric without them."""
 PATH_MTUS = (256, 512, 1024, 2048, 4096)
 ADDRESS_END = 1 << 64
 
@@ -103,8 +107,16 @@ class VerbsAddress(
     max_msg_sz: _MaxMsgSz
 
 
-Fabric: TypeAlias = VerbsAddress
-"""One way to move frames; a union over `kind` when there are more."""
+class TcpAddress(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind", tag="tcp"):
+    """Where the bound side listens for frames, on the host of the control plane, and what to say there first; from the connecting
+    side, which has nothing to tell, port 0 and any key."""
+
+    port: _U16
+    key: Annotated[bytes, Meta(min_length=TCP_KEY_BYTES, max_length=TCP_KEY_BYTES)]
+
+
+Fabric: TypeAlias = VerbsAddress | TcpAddress
+"""A way to move frames."""
 
 
 class RingAddress(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -347,9 +359,7 @@ def _check(message: Message) -> None:
         case Accept():
             _check_fabric(message.fabric)
             _check_progress(message.start)
-            _check_mtu("path_mtu", message.path_mtu)
-            if message.path_mtu > message.fabric.active_mtu:
-                raise ValueError("path_mtu is above the acceptor's own active_mtu")
+            _check_path(message)
             if message.slot_bytes > message.max_slot_bytes:
                 raise ValueError("slot_bytes is above max_slot_bytes")
             if (message.ring is not None) != (message.role == "receiver"):
@@ -365,7 +375,22 @@ def _check(message: Message) -> None:
             pass
 
 
+def _check_path(accept: Accept) -> None:
+    fabric = accept.fabric
+    if isinstance(fabric, TcpAddress):
+        if (accept.path_mtu, accept.max_msg_sz) != (NO_MTU, NO_MAX_MSG_SZ):
+            raise ValueError("TCP has no path MTU or message size")
+        if not fabric.port:
+            raise ValueError("the acceptor names no port")
+        return
+    _check_mtu("path_mtu", accept.path_mtu)
+    if accept.path_mtu > fabric.active_mtu:
+        raise ValueError("path_mtu is above the acceptor's own active_mtu")
+
+
 def _check_fabric(fabric: Fabric) -> None:
+    if isinstance(fabric, TcpAddress):
+        return
     _check_mtu("active_mtu", fabric.active_mtu)
     if len({each.qp_num for each in fabric.queue_pairs}) < len(fabric.queue_pairs):
         raise ValueError("queue_pairs has one of them twice")

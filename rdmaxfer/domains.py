@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
 from rdmaxfer.errors import DeviceLost, PeerLost
 from rdmaxfer.link import Link
 
 if TYPE_CHECKING:
     from rdmaxfer.cm.control import Control
+    from rdmaxfer.cm.curve import Identity
+    from rdmaxfer.fabric.base import AnyRoute, Domain
     from rdmaxfer.fabric.events import Event, Events
-    from rdmaxfer.fabric.verbs import Domain
+    from rdmaxfer.fabric.verbs import Endpoint
 
 log = logging.getLogger("rdmaxfer")
 
@@ -44,22 +46,28 @@ class Domains(Generic[L]):
         yield from self._open.values()
         yield from self._lost
 
-    def get(self, device: str) -> Domain:
-        """The open device of that name; opens it if need be. Raises NoDevice, VerbsError."""
-        from rdmaxfer.fabric.verbs import Domain
-
-        domain = self._open.get(device)
+    def get(self, route: AnyRoute, identity: Identity | None) -> Domain:
+        """The open device of `route`; opens it if need be. `identity`: this side's keys. Raises NoDevice, VerbsError."""
+        domain = self._open.get(route.device)
         if domain is None:
-            domain = self._open[device] = Domain(device)
+            if route.fabric == "tcp":
+                from rdmaxfer.fabric.tcp import TcpDomain
+
+                domain = TcpDomain(identity)
+            else:
+                from rdmaxfer.fabric.verbs import Domain
+
+                domain = Domain(route.device)
+            self._open[route.device] = domain
         return domain
 
     def watch(self, link: L, control: Control, heard: Callable[[Events], bool]) -> None:
         """Have `heard` called on the control thread when the device that `link` is on has something to say, until it returns
         False."""
-        from rdmaxfer.fabric.events import Events
-
         pd = link.endpoint.pd
-        if pd.domain not in self._watched:
+        if pd.domain.reports and pd.domain not in self._watched:
+            from rdmaxfer.fabric.events import Events
+
             self._watched.add(pd.domain)
             events = Events(pd)
             control.watch_fd(events.fd, lambda: heard(events))
@@ -71,7 +79,7 @@ class Domains(Generic[L]):
                 self.lose(domain)
             elif event.name in BROKEN:
                 for link in self._links_on(domain):
-                    if event.concerns(link.endpoint):
+                    if event.concerns(cast("Endpoint", link.endpoint)):
                         link.fail(PeerLost(f"the connection with {link.peer} broke: the device reports {event.name}."))
             elif event.name in PORT_STATES:
                 state, level = PORT_STATES[event.name]

@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
 from rdmaxfer.cm import messages
 from rdmaxfer.cm.messages import Accept, End, Hello, Ready, Refuse, RefuseCode, Resize, Resized, RingAddress, Started
-from rdmaxfer.errors import ClosedError, DeviceError, NoDevice, PeerLost, RdmaxferError, Refused, RemoteProtocolError
+from rdmaxfer.errors import ClosedError, DeviceError, PeerLost, RdmaxferError, Refused, RemoteProtocolError
 from rdmaxfer.fabric.devices import ETHERNET
-from rdmaxfer.fabric.route import gid_to_ip
 from rdmaxfer.link import Link, LinkState
 from rdmaxfer.stream import Origin, Stream
 
 if TYPE_CHECKING:
-    from rdmaxfer.fabric.verbs import Endpoint
+    from rdmaxfer.fabric.base import AnyRoute, Endpoint
     from rdmaxfer.node import Node
 
 log = logging.getLogger("rdmaxfer")
@@ -31,9 +30,11 @@ S = TypeVar("S", bound=Stream[Any])
 NewStream: TypeAlias = Callable[["bytes", "Origin | None"], S]
 
 
-def verbs_address(endpoint: Endpoint) -> messages.VerbsAddress:
-    """What the peer must know of these queue pairs."""
+def address_of(endpoint: Endpoint) -> messages.Fabric:
+    """What the peer must know of an endpoint."""
     a = endpoint.address
+    if endpoint.route.fabric == "tcp":
+        return messages.TcpAddress(port=a.port, key=a.key)
     return messages.VerbsAddress(
         device=a.device,
         gid=a.gid,
@@ -43,6 +44,28 @@ def verbs_address(endpoint: Endpoint) -> messages.VerbsAddress:
         active_mtu=a.active_mtu,
         max_msg_sz=a.max_msg_sz,
     )
+
+
+def path_of(mine: messages.Fabric, theirs: messages.Fabric) -> tuple[int, int]:
+    """Path MTU and largest message between two endpoints of one fabric, in bytes."""
+    if isinstance(mine, messages.TcpAddress) or isinstance(theirs, messages.TcpAddress):
+        return messages.NO_MTU, messages.NO_MAX_MSG_SZ
+    return min(mine.active_mtu, theirs.active_mtu), min(mine.max_msg_sz, theirs.max_msg_sz)
+
+
+def check_path(accept: Accept, mine: messages.Fabric) -> None:
+    """Raise RemoteProtocolError unless what the peer chose fits what this side has."""
+    theirs = accept.fabric
+    if isinstance(theirs, messages.TcpAddress) or isinstance(mine, messages.TcpAddress):
+        if type(theirs) is not type(mine):
+            raise RemoteProtocolError("the peer chose a fabric that was not offered")
+        return
+    if theirs.link_layer != mine.link_layer:
+        raise RemoteProtocolError("the peer chose a device of another link layer")
+    if len(theirs.queue_pairs) > len(mine.queue_pairs):
+        raise RemoteProtocolError("the peer chose more queue pairs than this side has")
+    if accept.path_mtu > min(mine.active_mtu, theirs.active_mtu) or accept.max_msg_sz > mine.max_msg_sz:
+        raise RemoteProtocolError("the peer chose a larger path MTU or message size than this side has")
 
 
 def refusal(message: Hello | Ready | Resize, code: RefuseCode, error: Exception | str, *, limit: int = 0) -> Refuse:
@@ -66,9 +89,11 @@ class Acceptor(Generic[L, S]):
     """Answers the peers of one bound endpoint (`rdmaxfer.cm.protocol.ServerHandler`). `new_stream` makes what belongs to a new
     peer."""
 
-    def __init__(self, node: Node[L, S], new_stream: NewStream[S]) -> None:
+    def __init__(self, node: Node[L, S], new_stream: NewStream[S], host: str) -> None:
         self._node = node
         self._new_stream = new_stream
+        self._host = host
+        """Where it is bound."""
         self._links: dict[bytes, L] = {}
 
     def hello(self, hello: Hello, peer: str) -> Accept | Refuse:
@@ -83,28 +108,23 @@ class Acceptor(Generic[L, S]):
             )
         theirs = hello.fabrics[0]
         try:
-            host = str(gid_to_ip(theirs.gid)) if theirs.link_layer == "ethernet" else None
-            route = node.route(host, peer_gid=theirs.gid)
-            if route.link_layer.lower() != theirs.link_layer:
-                raise NoDevice(
-                    f"the link layers differ: {route.device} here is {route.link_layer.lower()}, {theirs.device} there is "
-                    f"{theirs.link_layer}.",
-                    fix="choose devices on the same network with device=...",
-                )
+            route = node.route_back(theirs, self._host)
             stream, start = node.stream_of(hello, self._new_stream)
-            link = node.open_link(hello.session, stream, route, queue_pairs=len(theirs.queue_pairs))
+            lanes = len(theirs.queue_pairs) if isinstance(theirs, messages.VerbsAddress) else 1
+            link = node.open_link(hello.session, stream, route, queue_pairs=lanes)
             link.peer = hello.name
         except DeviceError as error:
             return refused_for_fabric(hello, error)
+        except Refused as error:
+            return refusal(hello, RefuseCode(error.code), error)
         except RemoteProtocolError as error:
             return refusal(hello, RefuseCode.MALFORMED, error)
         except ClosedError:
             return refusal(hello, RefuseCode.CLOSING, "this side is closing.")
         try:
-            mine = verbs_address(link.endpoint)
+            mine = address_of(link.endpoint)
             slots, slot_bytes, max_slot_bytes = node.agree(hello)
-            path_mtu = min(mine.active_mtu, theirs.active_mtu)
-            max_msg_sz = min(mine.max_msg_sz, theirs.max_msg_sz)
+            path_mtu, max_msg_sz = path_of(mine, theirs)
             node.prepare_link(link, theirs, path_mtu=path_mtu, max_msg_sz=max_msg_sz, max_slot_bytes=max_slot_bytes)
             ring = node.make_ring(link, slots, slot_bytes, start)
         except BaseException as error:
@@ -185,10 +205,10 @@ class Connector(Generic[L, S]):
         self._error: RdmaxferError | None = None
         self._ended = False
 
-    def prepare(self, host: str) -> None:
-        """Make the queue pairs, on the caller's thread. Raises NoDevice, VerbsUnavailable, VerbsError."""
+    def prepare(self, route: AnyRoute) -> None:
+        """Make the endpoint, on the caller's thread. Raises NoDevice, VerbsUnavailable, VerbsError."""
         node = self._node
-        link = node.open_link(self.session, self._stream, node.route(host))
+        link = node.open_link(self.session, self._stream, route)
         self.link = link
         slots, slot_bytes, max_slot_bytes = node.wishes()
         self._stream.attempt += 1
@@ -201,7 +221,7 @@ class Connector(Generic[L, S]):
             attempt=self._stream.attempt,
             identity=node.identity,
             resume=node.progress(self._stream),
-            fabrics=(verbs_address(link.endpoint),),
+            fabrics=(address_of(link.endpoint),),
             slots=slots,
             slot_bytes=slot_bytes,
             max_slot_bytes=max_slot_bytes,
@@ -227,13 +247,7 @@ class Connector(Generic[L, S]):
         node, link = self._node, self._link
         if accept.role == node.role:
             raise Refused(f"both sides are a {node.role}.", code=RefuseCode.ROLE.value)
-        mine = verbs_address(link.endpoint)
-        if accept.fabric.link_layer != mine.link_layer:
-            raise RemoteProtocolError("the peer chose a device of another link layer")
-        if len(accept.fabric.queue_pairs) > len(mine.queue_pairs):
-            raise RemoteProtocolError("the peer chose more queue pairs than this side has")
-        if accept.path_mtu > min(mine.active_mtu, accept.fabric.active_mtu) or accept.max_msg_sz > mine.max_msg_sz:
-            raise RemoteProtocolError("the peer chose a larger path MTU or message size than this side has")
+        check_path(accept, address_of(link.endpoint))
         node.check_agreed(accept)
         node.check_start(link, self.hello.resume, accept)
         link.peer = accept.name

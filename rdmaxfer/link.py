@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from rdmaxfer.errors import PeerLost, RdmaxferError, RemoteProtocolError
 
 if TYPE_CHECKING:
-    from rdmaxfer.fabric.verbs import Endpoint
+    from rdmaxfer.fabric.base import Endpoint
 
 log = logging.getLogger("rdmaxfer")
 
@@ -82,6 +82,11 @@ class Link:
         return f"<{type(self).__name__} {self.state.value} with {self.peer}>"
 
     @property
+    def fabric(self) -> str:
+        """What carries the frames."""
+        return str(self.endpoint.route.fabric)
+
+    @property
     def live(self) -> bool:
         return self.state is LinkState.READY
 
@@ -121,9 +126,7 @@ class Link:
         self.fail(error)
 
     def _completion_error(self, wc: Completion) -> RdmaxferError:
-        from rdmaxfer.fabric.native import completion_error
-
-        return PeerLost(f"the connection with {self.peer} broke: {completion_error(wc.status, wc.vendor_err)}")
+        return PeerLost(f"the connection with {self.peer} broke: {self.endpoint.explain(wc.status, wc.vendor_err)}")
 
     def _on_recv(self, wc: Completion, tag: tuple[int, int]) -> None:
         raise NotImplementedError

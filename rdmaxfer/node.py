@@ -25,13 +25,17 @@ from rdmaxfer.errors import (
     CurveError,
     EndpointError,
     ForkedError,
+    NoDevice,
     NotConnected,
     PeerLost,
     RdmaxferError,
     Refused,
     RemoteProtocolError,
     VerbsError,
+    VerbsUnavailable,
 )
+from rdmaxfer.fabric.choice import Fabric, wanted
+from rdmaxfer.fabric.route import gid_to_ip
 from rdmaxfer.handshake import Acceptor, Connector, NewStream
 from rdmaxfer.link import Link, LinkState
 from rdmaxfer.reconnecting import Reconnecting
@@ -43,9 +47,9 @@ if TYPE_CHECKING:
 
     from rdmaxfer.cm.control import BoundServer, Connection, Control
     from rdmaxfer.cm.curve import Curve
+    from rdmaxfer.fabric.base import AnyRoute, Domain
     from rdmaxfer.fabric.devices import Route
     from rdmaxfer.fabric.events import Events
-    from rdmaxfer.fabric.verbs import Domain
 
 log = logging.getLogger("rdmaxfer")
 
@@ -58,6 +62,8 @@ MAKING_S = 10.0
 
 HANDSHAKES_PER_S = 100.0
 """More are told to come again later: each makes queue pairs and registers memory."""
+
+MAX_REPLACED = 1024
 
 TEARDOWN_S = 1.0
 """How long a dying queue pair may take to give its work requests back."""
@@ -109,7 +115,9 @@ class StateChange:
     error: PeerLost | None
     """Why, if it is reconnecting or was lost."""
     reason: str
-    """Why the device and its GID were chosen, once connected; else the error's text, or nothing."""
+    """Why the fabric, the device and its GID were chosen, once connected; else the error's text, or nothing."""
+    fabric: str = ""
+    """What carries the frames, once connected: "verbs" or "tcp"."""
 
 
 class Node(Generic[L, S]):
@@ -123,6 +131,7 @@ class Node(Generic[L, S]):
         device: str | None,
         port: int | None,
         gid_index: int | None,
+        fabric: Fabric | None,
         slots: int,
         slot_bytes: int,
         queue_pairs: int,
@@ -157,6 +166,7 @@ class Node(Generic[L, S]):
         self._device = device if device is not None else os.environ.get("RDMAXFER_DEVICE") or None
         self._port = port
         self._gid_index = gid_index
+        self._fabric = wanted(fabric, names_device=(device, port, gid_index) != (None, None, None))
         self._slots = slots
         self._slot_bytes = slot_bytes
         self._queue_pairs = queue_pairs
@@ -174,6 +184,8 @@ class Node(Generic[L, S]):
         self._opening: dict[bytes, L] = {}
         self._streams: dict[bytes, S] = {}
         """What has been connected once and has not ended, by id: connected now, or waiting for the next connection."""
+        self._replaced: dict[bytes, None] = {}
+        """Ids that streams had before a successor came: whoever had them may not come back, and drive it away."""
         self._reconnecting: list[Reconnecting] = []
         self._reconnects = 0
         self._domains: Domains[L] = Domains(lambda: [*self._links, *self._opening.values()])
@@ -211,10 +223,13 @@ class Node(Generic[L, S]):
                 fix=f"{type(self).__name__}(secret_key=..., allowed_keys=DIRECTORY), with NAME.key of each peer that may connect.",
             )
         with self._making():
-            self.route("127.0.0.1")  # without a device (or without the one named), waiting for peers would be in vain
+            if self._fabric == "verbs":
+                self.route(
+                    "127.0.0.1"
+                )  # without a device (or without the one named), waiting for peers would be in vain
             server = self._get_control().bind(
                 endpoint,
-                Acceptor(self, new_stream),
+                Acceptor(self, new_stream, host),
                 lease_s=self.lease_s,
                 max_sessions=self._max_peers,
                 handshakes_per_s=HANDSHAKES_PER_S,
@@ -262,12 +277,25 @@ class Node(Generic[L, S]):
     def reach(self, stream: S, timeout: float | None) -> None:
         """Connect a stream that has an origin, for the first time or again. Raises what `connect` does."""
         assert stream.origin is not None
-        endpoint, host, key = stream.origin
+        deadline = Deadline(timeout)
+        route = self.route_towards(stream.origin.host)
+        try:
+            self._reach(stream, route, timeout)
+        except Refused as error:
+            if error.code != messages.RefuseCode.FABRIC.value or self._fabric != "auto" or route.fabric != "verbs":
+                raise
+            reason = f"the peer can't take part over verbs: {error}"
+            route = self._tcp_route(stream.origin.host, reason, instead=True)
+            self._reach(stream, route, None if timeout is None else max(0.0, deadline.left_s()))
+
+    def _reach(self, stream: S, route: AnyRoute, timeout: float | None) -> None:
+        assert stream.origin is not None
+        endpoint, _, key = stream.origin
         deadline = Deadline(None if timeout is None else timeout + CONNECT_GRACE_S)
         connector = Connector(self, stream)
         try:
             with self._making():
-                connector.prepare(host)
+                connector.prepare(route)
                 self._connections[connector.session] = self._get_control().connect(
                     endpoint, connector.hello, connector, timeout_s=timeout, peer_key=key
                 )
@@ -332,12 +360,54 @@ class Node(Generic[L, S]):
             self._failure = error
             self._waiter.wake()
 
-    def _domain(self, route: Route) -> Domain:
+    def _domain(self, route: AnyRoute) -> Domain:
         with self._lock:
             self._waiter.begin()
-            return self._domains.get(route.device)
+            return self._domains.get(route, self._curve.identity if self._curve is not None else None)
 
     # --- what the handshake asks of either side (rdmaxfer.handshake) ----------------------------------------------------
+
+    def route_towards(self, host: str) -> AnyRoute:
+        """How to reach `host`, by which fabric. Raises NoDevice, VerbsUnavailable."""
+        if self._fabric == "tcp":
+            return self._tcp_route(host, "TCP was asked for")
+        try:
+            return self.route(host)
+        except (NoDevice, VerbsUnavailable) as error:
+            if self._fabric != "auto":
+                raise
+            return self._tcp_route(host, f"this side can't take part over verbs: {error}", instead=True)
+
+    def _tcp_route(self, host: str, reason: str, *, instead: bool = False) -> AnyRoute:
+        from rdmaxfer.fabric.tcp import TcpRoute
+
+        return TcpRoute(host, bound=False, reason=reason, instead=instead)
+
+    def route_back(self, theirs: messages.Fabric, host: str) -> AnyRoute:
+        """How to serve a peer that offers `theirs`, at an endpoint that is bound to `host`. Raises NoDevice, VerbsUnavailable."""
+        if isinstance(theirs, messages.TcpAddress):
+            if self._fabric == "verbs":
+                raise NoDevice(
+                    "the side that connects offers TCP, and this one takes part over verbs only.",
+                    fix='give the side that connects an RDMA device, or fabric="auto" to this one.',
+                )
+            from rdmaxfer.fabric.tcp import TcpRoute
+
+            return TcpRoute(host, bound=True, reason="the side that connects asked for TCP")
+        if self._fabric == "tcp":
+            raise NoDevice(
+                "the side that connects offers verbs, and this one takes part over TCP only.",
+                fix='fabric="tcp" or "auto" on both sides.',
+            )
+        peer = str(gid_to_ip(theirs.gid)) if theirs.link_layer == "ethernet" else None
+        route = self.route(peer, peer_gid=theirs.gid)
+        if route.link_layer.lower() != theirs.link_layer:
+            raise NoDevice(
+                f"the link layers differ: {route.device} here is {route.link_layer.lower()}, {theirs.device} there is "
+                f"{theirs.link_layer}.",
+                fix="choose devices on the same network with device=...",
+            )
+        return route
 
     def route(self, host: str | None, peer_gid: bytes | None = None) -> Route:
         """The device, port and GID that lead to `host` (a name or address; None: unknown). Raises NoDevice, VerbsUnavailable."""
@@ -364,6 +434,8 @@ class Node(Generic[L, S]):
         """On the control thread: what the peer asks a connection for, and from where it is to go on. If as far as is known here it
         has one, that one ends."""
         with self._lock:
+            if hello.stream in self._replaced:
+                raise Refused("another peer of this name has taken its place.", code=messages.RefuseCode.REPLACED.value)
             stream = self._find_stream(hello)
             if stream is not None and stream.id == hello.stream:
                 if hello.attempt <= stream.attempt:
@@ -382,6 +454,9 @@ class Node(Generic[L, S]):
                 start = self._start_of_new(stream, hello)
             else:
                 if stream.id != hello.stream:
+                    self._replaced[stream.id] = None
+                    if len(self._replaced) > MAX_REPLACED:
+                        del self._replaced[next(iter(self._replaced))]
                     del self._streams[stream.id]
                     stream.id = hello.stream
                     self._streams[stream.id] = stream
@@ -430,7 +505,9 @@ class Node(Generic[L, S]):
     def _new_stream(self, id_: bytes, origin: Origin | None) -> S:
         raise NotImplementedError
 
-    def open_link(self, session: bytes, stream: S, route: Route, *, queue_pairs: int = messages.MAX_QUEUE_PAIRS) -> L:
+    def open_link(
+        self, session: bytes, stream: S, route: AnyRoute, *, queue_pairs: int = messages.MAX_QUEUE_PAIRS
+    ) -> L:
         """A link with queue pairs in INIT, receives posted; with no more of them than the peer's `queue_pairs`."""
         lanes = min(self._queue_pairs, queue_pairs)
         with self._making(), ExitStack() as stack:
@@ -464,9 +541,15 @@ class Node(Generic[L, S]):
             return not domain.lost
 
     def prepare_link(
-        self, link: L, theirs: messages.VerbsAddress, *, path_mtu: int, max_msg_sz: int, max_slot_bytes: int
+        self, link: L, theirs: messages.Fabric, *, path_mtu: int, max_msg_sz: int, max_slot_bytes: int
     ) -> None:
-        """Bring the link's queue pairs to RTS, towards the peer's, of which it may have named more than there are here."""
+        """Connect the link's endpoint to the peer's, which may have named more queue pairs than there are here."""
+        if isinstance(theirs, messages.TcpAddress):
+            origin = link.stream.origin
+            link.endpoint.connect(
+                port=theirs.port, key=theirs.key, peer_key=origin.peer_key if origin is not None else None
+            )
+            return
         link.endpoint.connect(
             queue_pairs=[(each.qp_num, each.psn) for each in theirs.queue_pairs][: link.endpoint.lanes],
             gid=theirs.gid,
@@ -491,15 +574,17 @@ class Node(Generic[L, S]):
                 self._reconnects += 1 if stream.waits else 0
                 self._links.append(link)
                 again = "again, " if stream.waits else ""
-                log.info("connected with %s %sover verbs: %s", link.peer, again, link.reason)
-                self._tell_state(StateChange(link.peer, "connected", None, link.reason))
+                # Never in silence: the user may believe that it is RDMA.
+                level = logging.WARNING if getattr(link.endpoint.route, "instead", False) else logging.INFO
+                log.log(level, "connected with %s %sover %s: %s", link.peer, again, link.fabric, link.reason)
+                self._tell_state(StateChange(link.peer, "connected", None, link.reason, link.fabric))
                 self._began(stream)
             self._waiter.wake()
 
     def _began(self, stream: S) -> None:
         """A stream has a connection (again). With the lock held."""
 
-    def _make_link(self, session: bytes, stream: S, domain: Domain, route: Route, lanes: int, owned: ExitStack) -> L:
+    def _make_link(self, session: bytes, stream: S, domain: Domain, route: AnyRoute, lanes: int, owned: ExitStack) -> L:
         raise NotImplementedError
 
     def wishes(self) -> tuple[int, int, int]:

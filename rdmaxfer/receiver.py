@@ -22,6 +22,7 @@ from rdmaxfer.errors import (
     RdmaxferError,
     RemoteProtocolError,
 )
+from rdmaxfer.fabric.choice import Fabric
 from rdmaxfer.lease import Frame, FrameLease
 from rdmaxfer.link import recv_depth, send_depth
 from rdmaxfer.node import Node, StateChange
@@ -30,8 +31,7 @@ from rdmaxfer.recv_stream import RecvStream
 from rdmaxfer.waiting import PATIENCE_S, Deadline
 
 if TYPE_CHECKING:
-    from rdmaxfer.fabric.devices import Route
-    from rdmaxfer.fabric.verbs import Domain
+    from rdmaxfer.fabric.base import AnyRoute, Domain
     from rdmaxfer.stream import Origin
 
 log = logging.getLogger("rdmaxfer")
@@ -98,6 +98,8 @@ class Receiver(Node[RecvLink, RecvStream]):
       device: name of the RDMA device, e.g. "rxe0"; by default the one whose GID matches the route to the peer, or the
         environment's RDMAXFER_DEVICE.
       port, gid_index: which port and GID of the device; found by default.
+      fabric: what carries the frames: "verbs" (RDMA), "tcp", or "auto" (the default, unless RDMAXFER_FABRIC says something else):
+        verbs if both sides can, and TCP else, with a line in the log. Who names a device wants verbs.
       slots: frames that may be on their way or held at a time, for each sender.
       slot_bytes: payload bytes a slot begins with; it grows when a larger frame comes.
       max_frame_bytes: the largest frame accepted. A sender can make this receiver register up to slots * max_frame_bytes.
@@ -130,6 +132,7 @@ class Receiver(Node[RecvLink, RecvStream]):
         device: str | None = None,
         port: int | None = None,
         gid_index: int | None = None,
+        fabric: Fabric | None = None,
         slots: int = 16,
         slot_bytes: int = 1 << 20,
         max_frame_bytes: int = 128 << 20,
@@ -157,6 +160,7 @@ class Receiver(Node[RecvLink, RecvStream]):
             device=device,
             port=port,
             gid_index=gid_index,
+            fabric=fabric,
             slots=slots,
             slot_bytes=slot_bytes,
             queue_pairs=queue_pairs,
@@ -386,18 +390,16 @@ class Receiver(Node[RecvLink, RecvStream]):
     # --- what the handshake asks (rdmaxfer.handshake) -------------------------------------------------------------------
 
     def _make_link(
-        self, session: bytes, stream: RecvStream, domain: Domain, route: Route, lanes: int, owned: ExitStack
+        self, session: bytes, stream: RecvStream, domain: Domain, route: AnyRoute, lanes: int, owned: ExitStack
     ) -> RecvLink:
-        from rdmaxfer.fabric.verbs import Endpoint
-
         pd = owned.enter_context(domain.protection_domain())
-        endpoint = Endpoint(
-            pd,
+        endpoint = pd.endpoint(
             route,
             send_depth=send_depth(self._slots),
             recv_depth=recv_depth(self._slots),
             lanes=lanes,
             remote_write=True,
+            max_write_bytes=self._max_frame_bytes,
         )
         owned.callback(endpoint.close)
         return RecvLink(session, stream, endpoint, owned.pop_all(), pd, self)

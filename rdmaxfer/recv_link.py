@@ -18,7 +18,7 @@ from rdmaxfer.memory import Buffer
 
 if TYPE_CHECKING:
     from rdmaxfer.cm.messages import Progress
-    from rdmaxfer.fabric.verbs import Endpoint, ProtectionDomain
+    from rdmaxfer.fabric.base import Endpoint, ProtectionDomain
     from rdmaxfer.recv_stream import RecvStream
 
 

@@ -16,7 +16,7 @@ from rdmaxfer.memory import Buffer
 
 if TYPE_CHECKING:
     from rdmaxfer.cm.messages import Progress
-    from rdmaxfer.fabric.verbs import Endpoint, ProtectionDomain
+    from rdmaxfer.fabric.base import Endpoint, ProtectionDomain
     from rdmaxfer.outgoing import Outgoing
     from rdmaxfer.send_stream import SendStream
 

@@ -30,6 +30,7 @@ from rdmaxfer.errors import (
     TimeoutExpired,
     VerbsError,
 )
+from rdmaxfer.fabric.choice import Fabric
 from rdmaxfer.frame import FrameType, encode_metadata, frame_type
 from rdmaxfer.inband import MESSAGE_BYTES
 from rdmaxfer.lease import Slot
@@ -42,8 +43,7 @@ from rdmaxfer.staging import Holder, Registration, Source, StagingPool, StagingS
 from rdmaxfer.waiting import PATIENCE_S, Deadline
 
 if TYPE_CHECKING:
-    from rdmaxfer.fabric.devices import Route
-    from rdmaxfer.fabric.verbs import Domain, ProtectionDomain
+    from rdmaxfer.fabric.base import AnyRoute, Domain, ProtectionDomain
     from rdmaxfer.stream import Origin
 
 RESIZE_RETRY_S = 0.02
@@ -108,6 +108,8 @@ class Sender(Node[SendLink, SendStream]):
       device: name of the RDMA device, e.g. "rxe0"; by default the one whose GID matches the route to the peer, or the
         environment's RDMAXFER_DEVICE.
       port, gid_index: which port and GID of the device; found by default.
+      fabric: what carries the frames: "verbs" (RDMA), "tcp", or "auto" (the default, unless RDMAXFER_FABRIC says something else):
+        verbs if both sides can, and TCP else, with a line in the log. Who names a device wants verbs.
       slots: frames that may be on their way or unreleased at a time. Each receiver may lower it for itself.
       slot_bytes: payload bytes to ask receivers to begin with (0: what they have); larger frames make slots grow.
       max_peers: receivers that may be connected to each endpoint bound here.
@@ -135,6 +137,7 @@ class Sender(Node[SendLink, SendStream]):
         device: str | None = None,
         port: int | None = None,
         gid_index: int | None = None,
+        fabric: Fabric | None = None,
         slots: int = 16,
         slot_bytes: int = 0,
         max_peers: int = 1024,
@@ -154,6 +157,7 @@ class Sender(Node[SendLink, SendStream]):
             device=device,
             port=port,
             gid_index=gid_index,
+            fabric=fabric,
             slots=slots,
             slot_bytes=slot_bytes,
             queue_pairs=queue_pairs,
@@ -685,16 +689,13 @@ class Sender(Node[SendLink, SendStream]):
     # --- what the handshake asks (rdmaxfer.handshake) -------------------------------------------------------------------
 
     def _make_link(
-        self, session: bytes, stream: SendStream, domain: Domain, route: Route, lanes: int, owned: ExitStack
+        self, session: bytes, stream: SendStream, domain: Domain, route: AnyRoute, lanes: int, owned: ExitStack
     ) -> SendLink:
-        from rdmaxfer.fabric.verbs import Endpoint
-
         with self._lock:
             pd = self._pds.get(domain)
             if pd is None:
                 pd = self._pds[domain] = domain.protection_domain()
-        endpoint = Endpoint(
-            pd,
+        endpoint = pd.endpoint(
             route,
             send_depth=send_depth(self._slots),
             recv_depth=recv_depth(self._slots),

@@ -21,7 +21,7 @@ from rdmaxfer.memory import Buffer
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from rdmaxfer.fabric.verbs import ProtectionDomain, Region
+    from rdmaxfer.fabric.base import ProtectionDomain, Region
 
 
 PAGE = 4096

@@ -86,6 +86,8 @@ class Waiter(Generic[L]):
         self._poller: Poller | None = None
         self._polled: tuple[L, ...] = ()
         """The links that the latest poll looked at; completions refer to them by index."""
+        self._watched: tuple[L, ...] = ()
+        """The same in the order of `links`."""
         self._polls = 0
         self._turn = 0
         """The poll that `_handled` is about."""
@@ -177,9 +179,11 @@ class Waiter(Generic[L]):
 
     def _watch(self, poller: Poller) -> None:
         links = tuple(self.links)
-        if self._polled != links:
-            poller.watch([link.endpoint for link in links])
-            self._polled = links
+        if self._watched != links:
+            # Those of devices first: the native core counts only them.
+            polled = tuple(sorted(links, key=lambda link: link.fabric != "verbs"))
+            poller.watch([link.endpoint for link in polled])
+            self._polled, self._watched = polled, links
 
     def _dispatch(self, poller: Poller) -> None:
         """Handle what the latest poll brought and was not handled yet. Without a leader."""

@@ -5,6 +5,7 @@
 #   scripts/test.sh [--soak] [options of pytest]
 #
 #   host    tests/unit, tests/fuzz and tests/local: no device
+#   tcp     tests of what every fabric must do, over TCP: no device
 #   device  every test marked "rdma", on a real device of this machine where there is one; else in
 #   uml     ... a User Mode Linux guest with Soft-RoCE, at this machine's speed (scripts/softroce_uml.sh), and
 #   vm      ... those also marked "smoke" on the distribution's own kernel in a virtual machine (scripts/softroce_vm.sh), and
@@ -34,9 +35,9 @@ soak=
 if [[ ${1:-} == --soak ]]; then soak=1; shift; fi
 
 if [[ -n ${STAGES:-} ]]; then read -r -a stages <<<"$STAGES"
-elif active_device >/dev/null; then stages=(host device)
+elif active_device >/dev/null; then stages=(host tcp device)
 elif [[ -n $soak ]]; then stages=(host uml nodes)
-else stages=(host uml vm nodes); fi
+else stages=(host tcp uml vm nodes); fi
 has_stage() { [[ " ${stages[*]} " == *" $1 "* ]]; }
 
 results=$(mktemp -d)
@@ -74,6 +75,7 @@ cd "$results"
 arguments=("$@")
 device_tests=("$checkout/tests/device")
 [[ -z $(find "$checkout/tests/faults" -name 'test_*.py' -print -quit 2>/dev/null) ]] || device_tests+=("$checkout/tests/faults")
+fabric_tests=("$checkout/tests/device" "$checkout"/tests/faults/test_{resume,killed,dead_peers,interrupts}.py)
 host_tests=("$checkout/tests/unit" "$checkout/tests/fuzz")
 [[ -z $(find "$checkout/tests/local" -name 'test_*.py' -print -quit 2>/dev/null) ]] || host_tests+=("$checkout/tests/local")
 
@@ -87,6 +89,7 @@ fi
 run_stage() {
   case $1 in
     host) "${pytest[@]}" "${host_tests[@]}" -m "not rdma$only" --junitxml="$results/host.xml" "${arguments[@]}" ;;
+    tcp) RDMAXFER_FABRIC=tcp "${pytest[@]}" "${fabric_tests[@]}" -m "fabric$only" --junitxml="$results/tcp.xml" "${arguments[@]}" ;;
     device) RDMAXFER_TEST_DEVICE=1 "${pytest[@]}" "${device_tests[@]}" -m "rdma$only" --junitxml="$results/device.xml" "${arguments[@]}" ;;
     uml)
       wait "$uml_ready" || { say "the User Mode Linux kernel is not there (see above)"; return 1; }
@@ -131,7 +134,7 @@ for stage in "${stages[@]}"; do
   if ((ran == 0)); then verdict="FAILED: no test ran"; fi
   [[ $verdict == passed ]] || failed+=("$stage")
   kind="tests"
-  [[ $stage == host ]] || kind="rdma tests"
+  case $stage in host | tcp) ;; *) kind="rdma tests" ;; esac
   summary+=("$(printf '%-7s %4d %-10s ran, %d failed, %d skipped, %d s: %s' "$stage" "$ran" "$kind" "$bad" "$skipped" $((SECONDS - start)) "$verdict")")
 done
 

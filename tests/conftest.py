@@ -1,7 +1,8 @@
 """Tests in device/ and faults/ need a verbs device, real or software (scripts/setup_softroce.sh, scripts/softroce_vm.sh).
 
 They run when asked for: `pytest -m rdma`, or RDMAXFER_TEST_DEVICE=1 in the environment. Then a missing device is a
-failure. RDMAXFER_DEVICE names the device to use. Tests marked `soak` run only with RDMAXFER_SOAK=1 (soak.py).
+failure. RDMAXFER_DEVICE names the device to use. With RDMAXFER_FABRIC=tcp they need none, and run over that fabric, but for those
+that are marked `verbs`. Tests marked `soak` run only with RDMAXFER_SOAK=1 (soak.py).
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from soak import SOAK
 from rdmaxfer.errors import RdmaxferError
 from rdmaxfer.fabric.devices import Route, choose_gid, list_devices
 
+# Nothing else may take over without being noticed, also in other processes.
+FABRIC = os.environ.setdefault("RDMAXFER_FABRIC", "verbs")
 SOAK_TIMEOUT_S = 7200
 NEED_A_DEVICE = frozenset(Path(__file__).parent / name for name in ("device", "faults"))
 
@@ -32,11 +35,14 @@ def _asked_for(config: pytest.Config) -> bool:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     mine = [item for item in items if NEED_A_DEVICE.intersection(item.path.parents)]
     for item in mine:
-        item.add_marker(pytest.mark.rdma)
+        item.add_marker(pytest.mark.rdma if FABRIC == "verbs" else pytest.mark.fabric)
     if SOAK:
         for item in items:  # also before a mark of its own, which is meant for the short count
             item.add_marker(pytest.mark.timeout(SOAK_TIMEOUT_S), append=False)
-    unwanted = [] if _asked_for(config) else mine
+    if FABRIC == "verbs":
+        unwanted = [] if _asked_for(config) else mine
+    else:
+        unwanted = [item for item in mine if item.get_closest_marker("verbs")]
     if not SOAK:
         unwanted = unwanted + [item for item in items if item.get_closest_marker("soak") and item not in unwanted]
     if unwanted:

@@ -234,7 +234,10 @@ def loopback(wanted: dict[str, Any]) -> Check:
     name = "a frame to ourselves"
     picture = np.arange(1 << 18, dtype=np.uint32).reshape(512, 512)
     try:
-        with rdmaxfer.Receiver(**wanted) as receiver, rdmaxfer.Sender(**wanted) as sender:
+        with (
+            rdmaxfer.Receiver(**wanted, fabric="verbs") as receiver,
+            rdmaxfer.Sender(**wanted, fabric="verbs") as sender,
+        ):
             sender.connect(receiver.bind("tcp://127.0.0.1:*"), timeout=LOOPBACK_S)
             sender.push(picture, timeout=LOOPBACK_S)
             with receiver.recv(timeout=LOOPBACK_S) as frame:

@@ -92,7 +92,12 @@ def _run_with(child: subprocess.Popen[str], args: argparse.Namespace, files: lis
 
 def _start_receiver(args: argparse.Namespace, save: str) -> subprocess.Popen[str]:
     wishes = {
-        "arguments": {**options.device_arguments(args), "slots": args.slots, "slot_bytes": math.prod(photos.SHAPE)},
+        "arguments": {
+            **options.device_arguments(args),
+            "fabric": "verbs",
+            "slots": args.slots,
+            "slot_bytes": math.prod(photos.SHAPE),
+        },
         "host": HOST,
         "count": args.count,
         "algorithm": ALGORITHM,

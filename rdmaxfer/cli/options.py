@@ -6,11 +6,12 @@ import argparse
 import math
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import rdmaxfer
 from rdmaxfer.cli.failure import CommandError, Exit
 from rdmaxfer.errors import CurveError, TimeoutExpired
+from rdmaxfer.fabric.choice import Fabric
 
 ENDPOINT_HELP = (
     "address of the meeting point, tcp://HOST:PORT. The side that connects names the other machine; the side that "
@@ -27,6 +28,14 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device-port", metavar="N", type=whole_number(1), help="port of the device, counted from 1")
     group.add_argument(
         "--gid-index", metavar="N", type=whole_number(0), help="which of the port's addresses (GIDs) to send from"
+    )
+
+
+def add_fabric_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--fabric",
+        choices=get_args(Fabric),
+        help="what carries the frames: verbs (RDMA), tcp, or auto, verbs where both sides can [RDMAXFER_FABRIC, or auto]",
     )
 
 
@@ -47,7 +56,7 @@ def add_key_options(parser: argparse.ArgumentParser) -> None:
 
 def node_arguments(args: argparse.Namespace) -> dict[str, Any]:
     keys = {name: getattr(args, name, None) for name in ("secret_key", "allowed_keys")}  # not every command has them
-    return {**device_arguments(args), **keys}
+    return {**device_arguments(args), **keys, "fabric": getattr(args, "fabric", None)}
 
 
 def device_arguments(args: argparse.Namespace) -> dict[str, Any]:

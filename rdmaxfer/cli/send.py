@@ -75,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     options.add_slot_option(parser)
     options.add_key_options(parser)
+    options.add_fabric_option(parser)
     options.add_device_options(parser)
 
 

@@ -1,14 +1,26 @@
 """What a fabric offers to a link: memory that a peer may write to, and an endpoint that writes in order.
 
-`verbs.py` is the one implementation. The words are those of verbs, the meaning is not bound to them: an endpoint has one or
-more lanes; on each, writes arrive in the order they were posted, and a write with an immediate completes at the peer after all
-earlier data; between lanes there is no order. Memory is described by (address, length, key).
+`verbs.py` and `tcp.py` are implementations. The words are those of verbs, the meaning is not bound to them:
+
+- **Order.** An endpoint has one or more lanes. On each, writes take effect in the order in which they were posted, and an immediate
+  comes after all data before it; between lanes there is no order.
+- **Write without the peer's help.** The receiving program does nothing for data to arrive. But each immediate and message takes a
+  receive that was posted for it, and waits until there is one.
+- **Completions** come in each lane's order. Unsignalled work is done when a later signalled one is. A completed write has left
+  this side's memory; that the peer has it, only its credit tells.
+- **Failure.** What can't be carried out ends the endpoint: a completion with a status says so, and `explain` why.
+- **An end.** `drain` cancels what is outstanding; after it nothing reads from or writes to the memory.
+- **Memory** is described by (address, length, key), and no key of one peer's works on another's.
+- **Ctrl-C** can come at any moment of any call, and afterwards `last_posted` and `last_reposted` say what had happened.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+AnyRoute: TypeAlias = Any
+"""How to reach a peer: `devices.Route` or `tcp.TcpRoute`. Has `fabric`, `device`, and the `reason` why it was chosen."""
 
 
 @runtime_checkable
@@ -27,9 +39,52 @@ class Region(Protocol):
     def close(self) -> None: ...
 
 
+class Domain(Protocol):
+    """Where connections of one kind are made: an open device, or a thread that serves sockets."""
+
+    name: str
+    reports: bool
+    """Whether it has asynchronous events."""
+    lost: bool
+
+    def protection_domain(self) -> Any: ...
+    def close(self) -> None: ...
+
+
+class ProtectionDomain(Protocol):
+    """Memory and endpoints that may work together."""
+
+    domain: Any
+
+    def endpoint(
+        self,
+        route: AnyRoute,
+        *,
+        send_depth: int,
+        recv_depth: int,
+        recv_bytes: int = 0,
+        lanes: int = 1,
+        remote_write: bool,
+        max_write_bytes: int = 0,
+    ) -> Any: ...
+    def register(self, buffer: Any, *, remote_write: bool) -> Any: ...
+    def register_memory(self, address: int, nbytes: int, keepalive: object, *, remote_write: bool) -> Any: ...
+    def close(self) -> None: ...
+
+
 @runtime_checkable
 class Endpoint(Protocol):
     """One end of a reliable connection. Calls only post; what became of them, completions tell."""
+
+    route: AnyRoute
+    pd: Any
+
+    @property
+    def address(self) -> Any:
+        """What the peer must know of it."""
+
+    def connect(self, **peer: Any) -> None:
+        """Connect to the peer's endpoint, by what its address said."""
 
     @property
     def lanes(self) -> int:
@@ -76,6 +131,19 @@ class Endpoint(Protocol):
 
     def recv_payload(self, wr_id: int, nbytes: int) -> bytes:
         """A copy of the message that a receive took."""
+
+    def clear_posted(self) -> None:
+        """Begin to count `last_posted`."""
+
+    @property
+    def last_posted(self) -> int:
+        """What was posted since then, whatever interrupted the call."""
+
+    def explain(self, status: int, vendor_err: int) -> str:
+        """A failed completion in words."""
+
+    def to_error(self) -> None:
+        """Give up the connection: everything outstanding completes, with a status, and what the peer writes fails."""
 
     def drain(self, timeout_s: float) -> bool:
         """Cancel what is outstanding. True if nothing is any more, so that all memory may be reused."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from rdmaxfer.errors import NoDevice
 from rdmaxfer.fabric import bridge
@@ -72,6 +72,7 @@ class Device:
 class Route:
     """The device, port and GID to reach a peer from, and why these."""
 
+    fabric: ClassVar[str] = "verbs"
     device: str
     port: int
     gid_index: int

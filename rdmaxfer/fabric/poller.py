@@ -1,14 +1,18 @@
-"""Taking completions of many endpoints, without the interpreter lock."""
+"""Taking completions of many endpoints, of whatever fabrics."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rdmaxfer.fabric import native
+from rdmaxfer.fabric import native, soft
 from rdmaxfer.fabric.owner import Owner
-from rdmaxfer.fabric.verbs import Endpoint
+
+if TYPE_CHECKING:
+    from rdmaxfer.fabric.verbs import Endpoint
 
 
 class Poller(Owner):
@@ -23,76 +27,105 @@ class Poller(Owner):
 
     def __init__(self, max_completions: int = 128) -> None:
         super().__init__()
-        module = native.extension()
-        self._ffi, self._lib = module.ffi, module.lib
-        self._max = max_completions
         self.turn = 0
         """Number of the latest `poll` or `wait`."""
-        self._set: tuple[tuple[Endpoint, ...], Any] = ((), self._ffi.new("rx_ep *[]", 0))
-        self._array = self._ffi.new("rx_wc[]", max_completions)
-        self._taken = self._ffi.new("int *")
-        self._error = self._ffi.new("rx_error *")
-        self.completions: list[Any] = [self._array[i] for i in range(max_completions)]
+        self._max = max_completions
+        self._native: _Native | None = None
+        """As long as no endpoint is a device's, nothing is needed of libibverbs."""
+        self._endpoints: tuple[Any, ...] = ()
+        self._soft: tuple[tuple[int, soft.Endpoint], ...] = ()
+        self._taken: list[soft.Completion] = []
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._sleep = select.poll()
+        self._sleep.register(self._wake_fd, select.POLLIN)
         self._opened()
 
     def __repr__(self) -> str:
-        return f"<Poller of {len(self._set[0])} endpoints>"
+        return f"<Poller of {len(self._endpoints)} endpoints>"
 
-    def watch(self, endpoints: Sequence[Endpoint]) -> None:
-        """Watch these, and no others, from the next `poll` or `wait` on."""
+    def watch(self, endpoints: Sequence[Any]) -> None:
+        """Watch these, and no others, from the next `poll` or `wait` on. Those of devices come first."""
         self._check_open()
         for endpoint in endpoints:
             endpoint._check_open()
         watched = tuple(endpoints)
-        self._set = (watched, self._ffi.new("rx_ep *[]", [endpoint._ep for endpoint in watched]))
+        hard = [each for each in watched if not isinstance(each, soft.Endpoint)]
+        if hard and self._native is None:
+            self._native = _Native(self._max)
+        if self._native is not None:
+            self._native.watch(hard)
+        for _, endpoint in self._soft:
+            endpoint.wake = _nothing
+        self._soft = tuple((index, each) for index, each in enumerate(watched) if isinstance(each, soft.Endpoint))
+        assert all(index >= len(hard) for index, _ in self._soft), "endpoints in software come last"
+        for _, endpoint in self._soft:
+            endpoint.wake = self.wake
+        self._endpoints = watched
 
     @property
     def count(self) -> int:
         """Completions taken and not cleared."""
-        return int(self._taken[0])
+        return (self._native.count if self._native is not None else 0) + len(self._taken)
+
+    @property
+    def completions(self) -> list[Any]:
+        """They, and perhaps void ones behind them. The `index` of each is that of its endpoint in `watch`."""
+        if self._native is None:
+            return self._taken
+        if not self._taken:
+            return self._native.completions
+        return [*self._native.completions[: self._native.count], *self._taken]
 
     def clear(self) -> None:
-        self._taken[0] = 0
+        for each in self._taken:
+            each.handled = True
+        if self._native is not None:
+            self._native.clear()
+        self._taken = []
 
-    def found(self) -> list[tuple[Endpoint, Any]]:
+    def found(self) -> list[tuple[Any, Any]]:
         """The completions taken, each with its endpoint."""
-        return [(self._set[0][wc.index], wc) for wc in self.completions[: self.count]]
+        return [(self._endpoints[wc.index], wc) for wc in self.completions[: self.count]]
 
     def poll(self) -> int:
         """Take what has completed; returns the count."""
         if self._state != "open":
             self._check_open()
-        endpoints, eps = self._set
         self.turn += 1  # each endpoint is the first one in its turn, so that a busy one does not starve the others
-        count: int = self._lib.rx_poll(
-            eps, len(endpoints), self.turn & 0xFFFF, self._array, self._max, self._taken, self._error
-        )
-        if count < 0:
-            native.check(count, self._error)
-        return count
+        if self._native is not None:
+            self._native.poll(self.turn)
+        if self._soft:
+            self._take()
+        return self.count
 
     def wait(self, spin_s: float, timeout_s: float | None) -> int:
         """Take what has completed; if nothing, what completes next. 0 after a timeout, `wake` or a signal."""
         if self._state != "open":
             self._check_open()
-        endpoints, eps = self._set
         self.turn += 1
-        count: int = self._lib.rx_wait(
-            eps,
-            len(endpoints),
-            self.turn & 0xFFFF,
-            self._wake_fd,
-            int(spin_s * 1e9),
-            -1 if timeout_s is None else max(0, int(timeout_s * 1e9)),
-            self._array,
-            self._max,
-            self._taken,
-            self._error,
-        )
-        if count < 0:
-            native.check(count, self._error)
-        return count
+        if self._soft:
+            self._take()
+            if self._taken:
+                timeout_s = 0.0
+        if self._native is not None and self._native.watched:
+            self._native.wait(self.turn, self._wake_fd, spin_s, timeout_s)
+        elif self._sleep.poll(None if timeout_s is None else max(0.0, timeout_s * 1000)):
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._wake_fd)
+        return self.count
+
+    def _take(self) -> None:
+        """Look at the completions in software. They stay where they are until they are handled."""
+        found: list[soft.Completion] = []
+        for index, endpoint in self._soft:
+            done = endpoint.done
+            while done and done[0].handled:
+                done.popleft()
+            for number in range(min(len(done), self._max)):
+                completion = done[number]
+                completion.index = index
+                found.append(completion)
+        self._taken = found
 
     def wake(self) -> None:
         """End a running `wait`, or the next one, at once. From any thread."""
@@ -100,4 +133,65 @@ class Poller(Owner):
             os.eventfd_write(self._wake_fd, 1)
 
     def _destroy(self) -> None:
+        for _, endpoint in self._soft:
+            endpoint.wake = _nothing
         os.close(self._wake_fd)
+
+
+class _Native:
+    """The endpoints of devices, polled without the interpreter lock."""
+
+    def __init__(self, max_completions: int) -> None:
+        module = native.extension()
+        self._ffi, self._lib = module.ffi, module.lib
+        self._max = max_completions
+        self._set: tuple[tuple[Endpoint, ...], Any] = ((), self._ffi.new("rx_ep *[]", 0))
+        self._array = self._ffi.new("rx_wc[]", max_completions)
+        self._taken = self._ffi.new("int *")
+        self._error = self._ffi.new("rx_error *")
+        self.completions: list[Any] = [self._array[i] for i in range(max_completions)]
+
+    @property
+    def watched(self) -> int:
+        return len(self._set[0])
+
+    def watch(self, endpoints: list[Endpoint]) -> None:
+        self._set = (tuple(endpoints), self._ffi.new("rx_ep *[]", [endpoint._ep for endpoint in endpoints]))
+
+    @property
+    def count(self) -> int:
+        return int(self._taken[0])
+
+    def clear(self) -> None:
+        self._taken[0] = 0
+
+    def poll(self, turn: int) -> None:
+        endpoints, eps = self._set
+        if not endpoints:
+            return
+        count = self._lib.rx_poll(eps, len(endpoints), turn & 0xFFFF, self._array, self._max, self._taken, self._error)
+        self._found(count)
+
+    def wait(self, turn: int, wake_fd: int, spin_s: float, timeout_s: float | None) -> None:
+        endpoints, eps = self._set
+        count = self._lib.rx_wait(
+            eps,
+            len(endpoints),
+            turn & 0xFFFF,
+            wake_fd,
+            int(spin_s * 1e9),
+            -1 if timeout_s is None else max(0, int(timeout_s * 1e9)),
+            self._array,
+            self._max,
+            self._taken,
+            self._error,
+        )
+        self._found(count)
+
+    def _found(self, count: int) -> None:
+        if count < 0:
+            native.check(count, self._error)
+
+
+def _nothing() -> None:
+    pass

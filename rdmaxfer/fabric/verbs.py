@@ -48,6 +48,9 @@ _CAP_IPC_LOCK = 14  # linux/capability.h
 class Domain(Owner):
     """An open device."""
 
+    reports = True
+    """Whether it has asynchronous events."""
+
     def __init__(self, device: Route | str) -> None:
         super().__init__()
         self.lost = False
@@ -103,6 +106,28 @@ class ProtectionDomain(Owner):
 
     def __repr__(self) -> str:
         return f"<ProtectionDomain of {self.domain.name}>"
+
+    def endpoint(
+        self,
+        route: Route,
+        *,
+        send_depth: int,
+        recv_depth: int,
+        recv_bytes: int = 0,
+        lanes: int = 1,
+        remote_write: bool,
+        max_write_bytes: int = 0,
+    ) -> Endpoint:
+        """One end of a connection. (A device writes no more than what memory was registered: `max_write_bytes` is for others.)"""
+        return Endpoint(
+            self,
+            route,
+            send_depth=send_depth,
+            recv_depth=recv_depth,
+            recv_bytes=recv_bytes,
+            lanes=lanes,
+            remote_write=remote_write,
+        )
 
     def register(self, buffer: Buffer, *, remote_write: bool) -> Region:
         """Register a buffer. `remote_write` lets the peers of this domain's endpoints write to it."""
@@ -463,6 +488,10 @@ class Endpoint(Owner):
         return self._max_inline
 
     # --- end ---
+
+    def explain(self, status: int, vendor_err: int) -> str:
+        """A failed completion in words."""
+        return native.completion_error(status, vendor_err)
 
     def to_error(self) -> None:
         """Cancel everything outstanding: it completes with WC_WR_FLUSH_ERR. The peer's writes will fail."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import os
+import re
 import subprocess
 import sys
 import threading
@@ -14,9 +17,14 @@ from typing import Any
 import numpy as np
 
 import rdmaxfer
+from rdmaxfer.fabric.owner import Owner
 
+FABRIC = os.environ.get("RDMAXFER_FABRIC") or "verbs"
+"""What carries the frames in this run."""
 TIMEOUT_S = 60.0
 """Deadline of every wait in the tests: an emulated machine is 50 times slower."""
+
+SETTLED_S = 1.5
 
 
 @contextlib.contextmanager
@@ -34,6 +42,39 @@ def pair(
         rx.wait_for_peers(1, timeout=TIMEOUT_S)
         tx.wait_for_peers(1, timeout=TIMEOUT_S)
         yield tx, rx
+
+
+def resources() -> dict[str, int]:
+    """Verbs objects by kind, from `rdma resource show`; on another fabric, what this process has open of it."""
+    if FABRIC != "verbs":
+        return _at_rest(_open_owners)
+    out = subprocess.run(["rdma", "resource", "show"], capture_output=True, text=True, check=True, timeout=60).stdout
+    counts: dict[str, int] = {}
+    for kind, number in re.findall(r"(\w+) (\d+)(?=\s)", out):
+        counts[kind] = counts.get(kind, 0) + int(number)
+    return counts
+
+
+def _open_owners() -> dict[str, int]:
+    return dict(
+        collections.Counter(type(owner).__name__ for root in list(Owner._roots) for owner in _and_children(root))
+    )
+
+
+def _at_rest(look: Callable[[], dict[str, int]]) -> dict[str, int]:
+    """What `look` finds when it has been the same for longer than the end of a connection may take."""
+    found, since = look(), time.monotonic()
+    while time.monotonic() - since < SETTLED_S:
+        threading.Event().wait(0.05)
+        if (now := look()) != found:
+            found, since = now, time.monotonic()
+    return found
+
+
+def _and_children(owner: Owner) -> Iterator[Owner]:
+    yield owner
+    for child in list(owner._children):
+        yield from _and_children(child)
 
 
 class Background(threading.Thread):

@@ -108,6 +108,7 @@ def test_a_host_name_that_nobody_knows() -> None:
         check_frames(tx, rx)
 
 
+@pytest.mark.verbs
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -126,6 +127,7 @@ def test_a_wrong_device_port_or_gid(options: dict[str, Any], says: str) -> None:
         check_frames(tx, rx)
 
 
+@pytest.mark.verbs
 def test_binding_with_a_wrong_device_is_refused_at_once() -> None:
     with pair() as (tx, rx), rdmaxfer.Receiver(device="mlx5_77") as wrong:
         with promptly(), pytest.raises(rdmaxfer.NoDevice, match="no RDMA device 'mlx5_77'; there is") as caught:
@@ -134,6 +136,7 @@ def test_binding_with_a_wrong_device_is_refused_at_once() -> None:
         check_frames(tx, rx)
 
 
+@pytest.mark.verbs
 def test_the_device_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RDMAXFER_DEVICE", "mlx5_78")
     with rdmaxfer.Sender() as tx, promptly(), pytest.raises(rdmaxfer.NoDevice, match="mlx5_78"):
@@ -243,6 +246,7 @@ print(json.dumps(said))
 """
 
 
+@pytest.mark.verbs
 def test_a_memlock_limit_of_64_kib() -> None:
     setpriv = shutil.which("setpriv")
     assert setpriv, "install util-linux"

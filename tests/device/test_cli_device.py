@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 from helpers import TIMEOUT_S, Background, wait_until
 
+pytestmark = pytest.mark.verbs
+
 Image = pytest.importorskip("PIL.Image")
 
 PROMPTLY_S = 10.0

@@ -21,6 +21,8 @@ import pytest
 
 import rdmaxfer
 
+pytestmark = pytest.mark.verbs
+
 TOP = Path(__file__).parents[2]
 PAGES = ("README.md", "docs/tutorial.md")
 _BLOCK = re.compile(r"(?:^<!-- (program|run): (\S+) -->\n)?^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)

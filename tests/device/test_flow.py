@@ -7,16 +7,14 @@ import gc
 import hashlib
 import json
 import os
-import re
 import signal
-import subprocess
 import threading
 import time
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers import TIMEOUT_S, Background, pair, picture, rest, spawn, wait_until
+from helpers import TIMEOUT_S, Background, pair, picture, resources, rest, spawn, wait_until
 
 import rdmaxfer
 
@@ -41,6 +39,7 @@ def test_a_slow_receiver_holds_the_sender_and_loses_nothing() -> None:
         tx.flush(timeout=TIMEOUT_S)
 
 
+@pytest.mark.verbs
 @pytest.mark.parametrize(("wish", "have", "agreed"), [(1, 1, 1), (1, 8, 1), (3, 2, 2), (8, 8, 8)])
 @pytest.mark.parametrize("bind", ["sender", "receiver"])
 @pytest.mark.parametrize("slots", [1, 3, 16])
@@ -204,15 +203,6 @@ def test_a_receiver_that_leaves_with_frames_unreleased_is_reported_by_number() -
         with pytest.raises(rdmaxfer.PeerLost) as caught:
             tx.flush(timeout=TIMEOUT_S)
         assert caught.value.unreleased == (1, 2)
-
-
-def resources() -> dict[str, int]:
-    """Verbs objects by kind, from `rdma resource show`."""
-    out = subprocess.run(["rdma", "resource", "show"], capture_output=True, text=True, check=True, timeout=60).stdout
-    counts: dict[str, int] = {}
-    for kind, number in re.findall(r"(\w+) (\d+)(?=\s)", out):
-        counts[kind] = counts.get(kind, 0) + int(number)
-    return counts
 
 
 def test_fifty_connections_leave_nothing_behind() -> None:

@@ -45,6 +45,7 @@ def test_every_dtype_and_shape_round_trips(dtype: Any) -> None:
                 assert not frame.array.flags.writeable
 
 
+@pytest.mark.verbs
 @pytest.mark.smoke
 @pytest.mark.parametrize("bind", ["receiver", "sender"])
 @pytest.mark.parametrize("host", ["127.0.0.1", "[::1]", "192.168.77.1", "[fd77::1]"])
@@ -58,6 +59,7 @@ def test_either_side_binds_over_ipv4_and_ipv6(bind: str, host: str) -> None:
         tx.flush(timeout=TIMEOUT_S)
 
 
+@pytest.mark.verbs
 def test_the_gid_is_the_one_that_leads_to_the_peer() -> None:
     for host, gid in (("192.168.77.1", "192.168.77.1"), ("[fd77::1]", "fd77::1")):
         with pair(host=host) as (tx, rx):
@@ -154,6 +156,7 @@ def test_a_frame_beyond_the_receivers_limit_is_refused_and_the_stream_goes_on(bi
             assert same(frame.array, picture(3, (1 << 20,)))
 
 
+@pytest.mark.verbs
 @pytest.mark.parametrize("nbytes", [65536 - 128, 65536 - 64, 65536, 3 * 65536 + 5, 1 << 20])
 def test_frames_above_max_msg_sz_are_split(nbytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     choose = devices.choose_gid

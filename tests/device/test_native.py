@@ -24,6 +24,8 @@ from rdmaxfer.fabric.poller import Poller
 from rdmaxfer.fabric.verbs import Domain, Endpoint, Region
 from rdmaxfer.memory import Buffer
 
+pytestmark = pytest.mark.verbs
+
 KIB = 1024
 
 

@@ -8,7 +8,7 @@ import threading
 from typing import Any
 
 import pytest
-from helpers import TIMEOUT_S, pair, picture, spawn, wait_until
+from helpers import FABRIC, TIMEOUT_S, pair, picture, spawn, wait_until
 
 import rdmaxfer
 
@@ -47,7 +47,8 @@ def test_both_sides_hear_of_each_other(bind: str) -> None:
             wait_until(lambda: tx_log.states == rx_log.states == ["connected"], "both were told")
             assert tx_log.changes[0].peer == rx.name
             assert rx_log.changes[0].peer == tx.name
-            assert "GID" in tx_log.changes[0].reason
+            assert tx_log.changes[0].fabric == FABRIC
+            assert ("GID" if FABRIC == "verbs" else "TCP") in tx_log.changes[0].reason
             tx.push(picture(1), timeout=TIMEOUT_S)
             with rx.recv(timeout=TIMEOUT_S) as frame:
                 assert frame.peer == rx_log.changes[0].peer

@@ -11,11 +11,10 @@ import time
 from typing import Any
 
 import pytest
-from helpers import TIMEOUT_S, Background, check_frames, picture, wait_until
+from helpers import TIMEOUT_S, Background, check_frames, picture, resources, wait_until
 from proxy_faults import LASTING, PASSING, Fault, each
 from streams import States, apart, streaming, through
 from tcp_proxy import TcpProxy
-from test_dead_peers import resources
 
 import rdmaxfer
 

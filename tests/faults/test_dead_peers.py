@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import signal
 import subprocess
 import threading
@@ -14,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from helpers import TIMEOUT_S, Background, pair, picture, spawn, wait_until, warm_up
+from helpers import TIMEOUT_S, Background, pair, picture, resources, spawn, wait_until, warm_up
 
 import rdmaxfer
 
@@ -54,15 +53,6 @@ with rdmaxfer.Receiver(lease_s=1.0, slots=4, reconnect=False) as rx:
     except rdmaxfer.RdmaxferError as error:
         print(type(error).__name__, flush=True)
 """
-
-
-def resources() -> dict[str, int]:
-    """Verbs objects by kind, from `rdma resource show`."""
-    out = subprocess.run(["rdma", "resource", "show"], capture_output=True, text=True, check=True, timeout=60).stdout
-    counts: dict[str, int] = {}
-    for kind, number in re.findall(r"(\w+) (\d+)(?=\s)", out):
-        counts[kind] = counts.get(kind, 0) + int(number)
-    return counts
 
 
 @contextlib.contextmanager
@@ -270,6 +260,7 @@ def test_close_while_another_thread_connects(there: bool) -> None:
     wait_until(lambda: not [one for one in threading.enumerate() if "rdmaxfer" in one.name], "control threads ended")
 
 
+@pytest.mark.verbs
 @pytest.mark.parametrize("call", ["connect", "bind"])
 def test_close_at_the_worst_moment_of_connect_or_bind_leaves_nothing(
     call: str, monkeypatch: pytest.MonkeyPatch

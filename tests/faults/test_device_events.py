@@ -20,6 +20,8 @@ from rdmaxfer.cli.counters import device_parent
 from rdmaxfer.fabric.devices import Route
 from rdmaxfer.fabric.route import gid_to_ip
 
+pytestmark = pytest.mark.verbs
+
 ADDRESS = "10.97.31.1"
 OTHER_ADDRESS = "10.97.44.9"
 PROMPTLY_S = 10.0
@@ -182,7 +184,9 @@ def test_a_stream_goes_on_when_its_device_has_another_address(device: SoftRoCE, 
         device.renumber()
         if removed:
             device.add()
-        wait_until(lambda: tx.statistics().reconnects == rx.statistics().reconnects == 1, "both sides are connected again")
+        wait_until(
+            lambda: tx.statistics().reconnects == rx.statistics().reconnects == 1, "both sides are connected again"
+        )
         stream.goes_on()
         assert gid_used(tx) == gid_used(rx) == OTHER_ADDRESS
 

@@ -190,6 +190,7 @@ def test_ctrl_c_in_flush() -> None:
         tx.flush(timeout=TIMEOUT_S)
 
 
+@pytest.mark.verbs
 @pytest.mark.parametrize("lane", [0, 1])
 @pytest.mark.parametrize("verb", ["write_imm", "write_empty"])
 def test_ctrl_c_just_before_an_empty_write_is_posted(verb: str, lane: int) -> None:
@@ -218,6 +219,7 @@ def test_ctrl_c_just_before_an_empty_write_is_posted(verb: str, lane: int) -> No
     assert time.monotonic() - began < 5, "close waited for a completion that nothing would bring"
 
 
+@pytest.mark.verbs
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("side", ["sender", "receiver"])
 def test_ctrl_c_around_posting_receives_neither_loses_nor_doubles_one(side: str, when: str) -> None:

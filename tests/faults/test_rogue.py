@@ -10,7 +10,6 @@ import logging
 import re
 import secrets
 import struct
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
@@ -20,7 +19,7 @@ import msgspec
 import numpy as np
 import pytest
 import zmq
-from helpers import TIMEOUT_S, Background, picture, wait_until, warm_up
+from helpers import TIMEOUT_S, Background, picture, resources, wait_until, warm_up
 
 import rdmaxfer
 from rdmaxfer import frame as framing
@@ -44,6 +43,8 @@ from rdmaxfer.fabric.poller import Poller
 from rdmaxfer.fabric.verbs import Domain, Endpoint
 from rdmaxfer.handshake import verbs_address
 from rdmaxfer.memory import Buffer
+
+pytestmark = pytest.mark.verbs
 
 SLOTS = 4
 SLOT_BYTES = 8192
@@ -278,15 +279,6 @@ class RogueReceiver(Rogue):
 
     def say(self, data: bytes) -> None:
         self.endpoint.send_inline(data, 1, True)
-
-
-def resources() -> dict[str, int]:
-    """Verbs objects by kind, from `rdma resource show`."""
-    out = subprocess.run(["rdma", "resource", "show"], capture_output=True, text=True, check=True, timeout=60).stdout
-    counts: dict[str, int] = {}
-    for kind, number in re.findall(r"(\w+) (\d+)(?=\s)", out):
-        counts[kind] = counts.get(kind, 0) + int(number)
-    return counts
 
 
 def settles(before: dict[str, int]) -> None:

@@ -171,6 +171,7 @@ def clock_set_by(seconds: float) -> Iterator[None]:
         time.clock_settime(time.CLOCK_REALTIME, before + time.monotonic() - began)
 
 
+@pytest.mark.verbs
 @BINDS
 @pytest.mark.parametrize("jump_s", [DAY_S, -DAY_S], ids=["a-day-on", "a-day-back"])
 def test_a_clock_that_is_set_ends_no_lease_and_no_wait(bind: str, jump_s: float) -> None:
@@ -211,6 +212,7 @@ def _waits_take_their_time(tx: rdmaxfer.Sender, rx: rdmaxfer.Receiver) -> None:
         frame.release()
 
 
+@pytest.mark.verbs
 @pytest.mark.parametrize("jump_s", [DAY_S, -DAY_S], ids=["a-day-on", "a-day-back"])
 def test_a_wait_that_is_under_way_ends_neither_early_nor_never_when_the_clock_is_set(jump_s: float) -> None:
     both = options(5.0)

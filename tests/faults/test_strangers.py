@@ -19,16 +19,17 @@ from typing import Any
 
 import pytest
 import zmq
-from helpers import TIMEOUT_S, Background, check_frames, wait_until
+from helpers import TIMEOUT_S, Background, check_frames, resources, wait_until
 from streams import Stream, streaming, through
 from tcp_proxy import TcpProxy
-from test_dead_peers import resources
 
 import rdmaxfer
 from rdmaxfer.cm import messages
 from rdmaxfer.cm.messages import Accept, Bye, Hello, QueuePair, Refuse, RefuseCode, VerbsAddress
 from rdmaxfer.cm.server_sessions import ServerStatistics
 from rdmaxfer.fabric.devices import Route
+
+pytestmark = pytest.mark.verbs
 
 BOUND = pytest.mark.parametrize("bound", ["receiver", "sender"])
 OPTIONS: dict[str, Any] = {"slots": 4, "lease_s": 5.0}

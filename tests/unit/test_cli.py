@@ -248,7 +248,7 @@ def test_send_connects_pushes_and_flushes(tmp_path: Path, capsys: pytest.Capture
     assert main(["send", ENDPOINT, str(tmp_path / "a.npy"), "--timeout", "7", "--device", "rxe9", "--slots", "4"]) == 0
     (sender,) = FakeSender.made
     device = {"device": "rxe9", "port": None, "gid_index": None}
-    assert sender.arguments == {**device, "secret_key": None, "allowed_keys": None, "slots": 4}
+    assert sender.arguments == {**device, "secret_key": None, "allowed_keys": None, "fabric": None, "slots": 4}
     assert sender.calls == [("connect", ENDPOINT, 7.0), ("flush", 7.0), ("close",)]
     ((pushed, metadata),) = sender.pushed
     assert pushed.dtype == array.dtype

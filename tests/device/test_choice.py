@@ -1,0 +1,91 @@
+"""Which fabric carries the frames, and that nobody is left to believe another one does."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+
+import pytest
+from helpers import TIMEOUT_S, check_frames, wait_until
+
+import rdmaxfer
+
+pytestmark = pytest.mark.verbs
+BINDS = pytest.mark.parametrize("bind", ["sender", "receiver"])
+
+
+@pytest.fixture(autouse=True)
+def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RDMAXFER_FABRIC")
+
+
+@contextlib.contextmanager
+def connected(bind: str, bound: str | None, connecting: str | None) -> Iterator[list[rdmaxfer.StateChange]]:
+    """A pair, of which each side wants a fabric; what the sides were told."""
+    told: list[rdmaxfer.StateChange] = []
+    wanted = {bind: bound, ("sender" if bind == "receiver" else "receiver"): connecting}
+    with (
+        rdmaxfer.Receiver(fabric=wanted["receiver"], on_state=told.append) as rx,
+        rdmaxfer.Sender(fabric=wanted["sender"], on_state=told.append) as tx,
+    ):
+        here, there = (rx, tx) if bind == "receiver" else (tx, rx)
+        there.connect(here.bind("tcp://127.0.0.1:*"), timeout=TIMEOUT_S)
+        here.wait_for_peers(1, timeout=TIMEOUT_S)
+        check_frames(tx, rx)
+        wait_until(lambda: len(told) == 2, "both sides were told")
+        yield told
+
+
+@BINDS
+def test_verbs_where_both_sides_can(bind: str) -> None:
+    with connected(bind, None, None) as told:
+        assert {change.fabric for change in told} == {"verbs"}
+        assert all("GID" in change.reason for change in told)
+
+
+@BINDS
+def test_tcp_if_one_side_wants_it_and_a_line_in_the_log(bind: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "rdmaxfer"), connected(bind, "tcp", "auto") as told:
+        assert {change.fabric for change in told} == {"tcp"}
+        assert any("the peer can't take part over verbs" in change.reason for change in told)
+    (line,) = [record.getMessage() for record in caplog.records if "over tcp" in record.getMessage()]
+    assert "takes part over TCP only" in line
+
+
+@BINDS
+def test_what_is_asked_for_is_not_a_surprise(bind: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "rdmaxfer"), connected(bind, "auto", "tcp"):
+        assert not [record for record in caplog.records if "over tcp" in record.getMessage()]
+
+
+@BINDS
+@pytest.mark.parametrize(("bound", "connecting"), [("tcp", "verbs"), ("verbs", "tcp")])
+def test_who_insists_is_refused(bind: str, bound: str, connecting: str) -> None:
+    with (
+        pytest.raises(rdmaxfer.Refused, match=r"takes part over (TCP|verbs) only") as caught,
+        connected(bind, bound, connecting),
+    ):
+        pass
+    assert caught.value.code == "fabric"
+
+
+def test_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RDMAXFER_FABRIC", "tcp")
+    with connected("receiver", None, None) as told:
+        assert {change.fabric for change in told} == {"tcp"}
+
+
+def test_one_receiver_takes_frames_by_both() -> None:
+    with (
+        rdmaxfer.Receiver() as rx,
+        rdmaxfer.Sender(fabric="tcp") as by_tcp,
+        rdmaxfer.Sender(fabric="verbs") as by_verbs,
+    ):
+        endpoint = rx.bind("tcp://127.0.0.1:*")
+        for tx in (by_tcp, by_verbs):
+            tx.connect(endpoint, timeout=TIMEOUT_S)
+            check_frames(tx, rx)
+        for tx in (by_tcp, by_verbs, by_tcp):
+            check_frames(tx, rx)
+            tx.flush(timeout=TIMEOUT_S)
