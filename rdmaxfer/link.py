@@ -55,6 +55,10 @@ class Completion(Protocol):
     is_recv: int
     lane: int
 
+    @property
+    def placed(self) -> tuple[bytes, memoryview] | None:
+        """Only of endpoints that are not `in_ring`."""
+
 
 class Link:
     """What both directions share."""

@@ -50,6 +50,8 @@ class _Arrival(NamedTuple):
     imm: inband.Imm
     written_bytes: int
     tag: tuple[int, int]
+    placed: tuple[bytes, memoryview] | None
+    """Header and payload, if they are not in the slot."""
 
 
 class Host(Protocol):
@@ -163,7 +165,8 @@ class RecvLink(Link):
         imm, lane, ring = inband.unpack_imm(wc.imm), wc.lane, self.ring
         if imm.kind is inband.ImmKind.FRAME:
             position = ring.check_arrival(lane, imm.slot)
-            self._arrivals[imm.slot] = _Arrival(position, imm, wc.byte_len, tag)
+            placed = None if self.endpoint.in_ring else wc.placed
+            self._arrivals[imm.slot] = _Arrival(position, imm, wc.byte_len, tag, placed)
             ring.next_on[lane] = position + ring.lanes
             self.writes_received += 1
             self._consumed[lane] += 1
@@ -217,19 +220,24 @@ class RecvLink(Link):
                 raise
 
     def _take(self, arrival: _Arrival) -> None:
-        position, imm, written_bytes, tag = arrival
+        position, imm, written_bytes, tag, placed = arrival
         epoch = self.ring.check_epoch(imm.epoch)
         memory = self._memory[epoch]
-        start = imm.slot * memory.stride + framing.HEADER_ROOM
-        # Copied once, then checked: the sender could change the original at any time.
-        block = bytes(memory.view[start - imm.header_bytes : start])
+        if placed is not None:
+            (block, payload), start = placed, 0
+            if len(block) != imm.header_bytes:
+                raise RemoteProtocolError("the sender wrote a header of another length than it says")
+        else:
+            payload, start = memory.view, imm.slot * memory.stride + framing.HEADER_ROOM
+            # Copied once, then checked: the sender could change the original at any time.
+            block = bytes(payload[start - imm.header_bytes : start])
         header = framing.unpack(block, epoch=epoch, slot=imm.slot, position=position, slot_bytes=memory.slot_bytes)
         total_bytes = header.header_bytes + header.payload_bytes
         if self.endpoint.wr_count(total_bytes) == 1 and written_bytes != total_bytes:
             raise RemoteProtocolError(f"the sender wrote {written_bytes} bytes for a frame of {total_bytes}")
         # The flat array is the base of every view of the frame: when it goes, the lease ends. And as it is made from a read-only
         # memoryview, none of them can be made writable.
-        flat = np.frombuffer(memory.view, np.uint8, header.payload_bytes, start)
+        flat = np.frombuffer(payload, np.uint8, header.payload_bytes, start)
         array: np.ndarray[Any, Any] = np.ndarray(header.shape, header.dtype, flat)
         if epoch != self.ring.epoch:
             self._leave_older(epoch)

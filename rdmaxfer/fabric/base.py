@@ -78,6 +78,8 @@ class Endpoint(Protocol):
 
     route: AnyRoute
     pd: Any
+    in_ring: bool
+    """Whether what the peer writes lies in the ring. Otherwise it is where it came, and the completion's `placed` says where."""
 
     @property
     def address(self) -> Any:

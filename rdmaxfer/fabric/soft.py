@@ -32,10 +32,31 @@ MAX_SEND: Final = 64
 class Completion:
     """What became of something posted, with the fields of `rx_wc` (verbs.h)."""
 
-    __slots__ = ("byte_len", "handled", "has_imm", "imm", "index", "is_recv", "lane", "status", "vendor_err", "wr_id")
+    __slots__ = (
+        *(
+            "byte_len",
+            "handled",
+            "has_imm",
+            "imm",
+            "index",
+            "is_recv",
+            "lane",
+            "placed",
+            "status",
+            "vendor_err",
+            "wr_id",
+        ),
+    )
 
     def __init__(
-        self, wr_id: int, *, status: int = SUCCESS, is_recv: bool = False, byte_len: int = 0, imm: int | None = None
+        self,
+        wr_id: int,
+        *,
+        status: int = SUCCESS,
+        is_recv: bool = False,
+        byte_len: int = 0,
+        imm: int | None = None,
+        placed: tuple[bytes, memoryview] | None = None,
     ) -> None:
         self.wr_id = wr_id
         self.status = status
@@ -47,6 +68,8 @@ class Completion:
         self.lane = 0
         self.index = 0
         self.handled = False
+        self.placed = placed
+        """The frame's header, and where its payload is, if it was not put into the ring."""
 
 
 class Mailbox(Generic[T]):
@@ -177,6 +200,7 @@ class Endpoint(Owner):
     """One end of a connection of one lane. A fabric's own says how to pack, and serves it from its thread."""
 
     lanes = 1
+    in_ring = False
 
     def __init__(self, pd: ProtectionDomain, *, recv_depth: int) -> None:
         super().__init__(pd)
@@ -247,9 +271,9 @@ class Endpoint(Owner):
         if empty:
             self.wake()
 
-    def arrived(self, nbytes: int, imm: int) -> None:
+    def arrived(self, nbytes: int, imm: int, placed: tuple[bytes, memoryview] | None = None) -> None:
         """The peer has written, and tells so. There is a receive for it."""
-        self.complete(Completion(self.receives.take(), is_recv=True, byte_len=nbytes, imm=imm))
+        self.complete(Completion(self.receives.take(), is_recv=True, byte_len=nbytes, imm=imm, placed=placed))
 
     def message(self, data: bytes) -> None:
         """The peer has sent a message. There is a receive for it."""

@@ -212,6 +212,8 @@ class Endpoint(Owner):
     lane 0, where messages come.
     """
 
+    in_ring = True
+
     def __init__(
         self,
         pd: ProtectionDomain,

@@ -40,6 +40,7 @@ def test_a_copied_frame_can_not_be_changed_by_its_sender(dtype: Any) -> None:
     assert frame.array.tobytes() == data.tobytes(), "it is for good"
 
 
+@pytest.mark.verbs
 def test_without_copy_the_frame_is_the_ring() -> None:
     with pair(receiver=SMALL) as (tx, rx):
         tx.push(np.ones(50, np.uint8), timeout=TIMEOUT_S)
