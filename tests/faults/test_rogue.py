@@ -41,7 +41,7 @@ from rdmaxfer.cm.messages import (
 from rdmaxfer.fabric.devices import Route
 from rdmaxfer.fabric.poller import Poller
 from rdmaxfer.fabric.verbs import Domain, Endpoint
-from rdmaxfer.handshake import verbs_address
+from rdmaxfer.handshake import address_of
 from rdmaxfer.memory import Buffer
 
 pytestmark = pytest.mark.verbs
@@ -128,7 +128,7 @@ class RogueSender(Rogue):
             "attempt": 1,
             "identity": "",
             "resume": None,
-            "fabrics": (verbs_address(self.endpoint),),
+            "fabrics": (address_of(self.endpoint),),
             "slots": SLOTS,
             "slot_bytes": SLOT_BYTES,
             "max_slot_bytes": 1 << 30,
@@ -237,7 +237,7 @@ class RogueReceiver(Rogue):
         envelope = {"session": request.session, "request": request.request}
         if isinstance(request, Hello):
             theirs = request.fabrics[0]
-            mine = verbs_address(self.endpoint)
+            mine = address_of(self.endpoint)
             self.join(theirs, min(mine.active_mtu, theirs.active_mtu))
             return Accept(
                 **envelope,
