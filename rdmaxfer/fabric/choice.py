@@ -8,16 +8,18 @@ from typing import Literal, TypeAlias, get_args
 Fabric: TypeAlias = Literal["auto", "verbs", "tcp"]
 
 VARIABLE = "RDMAXFER_FABRIC"
+DEVICE_VARIABLE = "RDMAXFER_DEVICE"
 
 
 def wanted(fabric: Fabric | None, *, names_device: bool) -> Fabric:
-    """What `fabric=` says, or RDMAXFER_FABRIC, or "auto". Who names a device by an argument wants verbs. Raises ValueError."""
+    """What `fabric=` says, or RDMAXFER_FABRIC, or "auto". Who names a device wants verbs: by an argument, or by RDMAXFER_DEVICE where
+    nothing is said of the fabric. Raises ValueError."""
     said = fabric
     where = f"fabric={fabric!r}"
     if said is None and names_device:
         return "verbs"
     if said is None:
-        text = os.environ.get(VARIABLE) or "auto"
+        text = os.environ.get(VARIABLE) or ("verbs" if os.environ.get(DEVICE_VARIABLE) else "auto")
         where = f"{VARIABLE}={text}"
         said = text  # type: ignore[assignment]  # looked at next
     for known in get_args(Fabric):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import rdmaxfer
-from rdmaxfer.fabric.choice import VARIABLE, wanted
+from rdmaxfer.fabric.choice import DEVICE_VARIABLE, VARIABLE, wanted
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,17 @@ def test_the_argument_then_the_environment(
     argument: str | None, variable: str, names_device: bool, result: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(VARIABLE, variable)
+    monkeypatch.delenv(DEVICE_VARIABLE, raising=False)
     assert wanted(argument, names_device=names_device) == result  # type: ignore[arg-type]
+
+
+def test_a_device_of_the_environment_means_verbs_unless_a_fabric_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(DEVICE_VARIABLE, "rxe7")
+    monkeypatch.setenv(VARIABLE, "")
+    assert wanted(None, names_device=False) == "verbs"
+    assert wanted("auto", names_device=False) == "auto"
+    monkeypatch.setenv(VARIABLE, "tcp")
+    assert wanted(None, names_device=False) == "tcp"
 
 
 def test_what_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
