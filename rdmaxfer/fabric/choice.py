@@ -12,8 +12,8 @@ DEVICE_VARIABLE = "RDMAXFER_DEVICE"
 
 
 def wanted(fabric: Fabric | None, *, names_device: bool) -> Fabric:
-    """What `fabric=` says, or RDMAXFER_FABRIC, or "auto". Who names a device wants verbs: by an argument, or by RDMAXFER_DEVICE where
-    nothing is said of the fabric. Raises ValueError."""
+    """What `fabric=` says, or RDMAXFER_FABRIC, or "auto". Who names a device wants verbs: by an argument, or by RDMAXFER_DEVICE
+    where nothing is said of the fabric. Raises ValueError."""
     said = fabric
     where = f"fabric={fabric!r}"
     if said is None and names_device:
