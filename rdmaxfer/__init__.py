@@ -51,7 +51,7 @@ from rdmaxfer.errors import (
     VerbsUnavailable,
 )
 from rdmaxfer.lease import Frame, Gap, Slot
-from rdmaxfer.node import StateChange
+from rdmaxfer.node import LinkInfo, StateChange
 from rdmaxfer.receiver import Receiver, ReceiverStatistics
 from rdmaxfer.send_stream import Dropped
 from rdmaxfer.sender import Sender, SenderStatistics
@@ -74,6 +74,7 @@ __all__ = [
     "FrameReleased",
     "FrameTooLarge",
     "Gap",
+    "LinkInfo",
     "LocalProtocolError",
     "MemlockError",
     "NoDevice",

@@ -120,6 +120,18 @@ class StateChange:
     """What carries the frames, once connected: "verbs" or "tcp"."""
 
 
+@dataclasses.dataclass(frozen=True)
+class LinkInfo:
+    """A connection."""
+
+    peer: str
+    """As in StateChange."""
+    fabric: str
+    """What carries the frames: "verbs" or "tcp"."""
+    reason: str
+    """Why this fabric, device and GID."""
+
+
 class Node(Generic[L, S]):
     """Base of Sender and Receiver; not made by users."""
 
@@ -339,6 +351,11 @@ class Node(Generic[L, S]):
             Deadline(timeout),
             f"waiting for {count} peer{'s' if count != 1 else ''}",
         )
+
+    def links(self) -> tuple[LinkInfo, ...]:
+        """The connections there are now, what carries their frames, and why."""
+        with self._lock:
+            return tuple(LinkInfo(link.peer, link.fabric, link.reason) for link in self._links if link.live)
 
     def pause(self, timeout_s: float) -> bool:
         """Sleep, but not beyond the end of this object. False if it is closing."""

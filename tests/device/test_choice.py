@@ -34,6 +34,9 @@ def connected(bind: str, bound: str | None, connecting: str | None) -> Iterator[
         here.wait_for_peers(1, timeout=TIMEOUT_S)
         check_frames(tx, rx)
         wait_until(lambda: len(told) == 2, "both sides were told")
+        for node in (rx, tx):
+            (link,) = node.links()
+            assert (link.peer, link.fabric, link.reason) in [(each.peer, each.fabric, each.reason) for each in told]
         yield told
 
 
