@@ -234,10 +234,10 @@ def test_a_command_is_met_by_the_message_that_it_waits_for() -> None:
         near.sendall(message(RENEW) + message(STARTED))
         assert take(far, 1000) == message(RENEW) + message(STARTED)[:10]
         assert near.recv(1) == b""
+        assert proxy.counts().truncated == 1
+        proxy.resume()
         with dial(proxy) as other:
             assert other.sendall(b"0123456789") is None
-        proxy.resume()
-        assert proxy.counts().truncated == 1
 
 
 def test_it_is_closed_while_others_wait_for_it() -> None:
