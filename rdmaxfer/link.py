@@ -76,6 +76,8 @@ class Link:
         """Why this fabric, device and GID were chosen."""
         self.final = False
         """Whether, however it ends, no other connection is to be waited for."""
+        self.leaving = False
+        """The control plane has brought the peer's goodbye: what happens to the data plane now is its end."""
         self.torn_down = False
         self.work: threading.Thread | None = None
         """Registers memory for this link beside the control thread; to be waited for before the end."""
@@ -96,7 +98,9 @@ class Link:
 
     def fail(self, error: RdmaxferError) -> None:
         """The link is broken; the first error counts."""
-        if self.state in (LinkState.OPENING, LinkState.READY):
+        if self.leaving:
+            self.end()
+        elif self.state in (LinkState.OPENING, LinkState.READY):
             self.state = LinkState.FAILED
             self.error = error
 

@@ -784,6 +784,7 @@ class Node(Generic[L, S]):
             self._opening.pop(link.session, None)
             self._connections.pop(link.session, None)
             if error is None and link.live and not self._closing and self._control is not None:
+                link.leaving = True
                 # What it wrote before is in our completion queue or just about to be, with a goodbye in band at the end. Wait
                 # for that, but not on this thread, nor for ever.
                 self._control.call_later(TEARDOWN_S, functools.partial(self._end_link, link, None))

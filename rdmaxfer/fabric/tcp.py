@@ -44,6 +44,8 @@ LINGER_MS: Final = 500
 """For small messages under way when a connection ends: the goodbye above all."""
 TRACK_MS: Final = 50
 """How often to look whether ZeroMQ is done with memory, if nothing else happens."""
+GRACE_S: Final = 0.2
+"""So long a connection that has ended is not told of."""
 CALL_S: Final = 10.0
 CLOSING_S: Final = 1.0
 SMALL_MESSAGE_BYTES: Final = 65536
@@ -148,6 +150,8 @@ class TcpEndpoint(soft.Endpoint):
         self.socket: zmq.Socket[bytes] | None = None
         self.watch: zmq.Socket[bytes] | None = None
         self.port = 0
+        self.ends_s: float | None = None
+        """When to say that the connection has ended."""
         if route.bound:
             self._bind()
         self._opened()
@@ -353,11 +357,16 @@ class TcpEndpoint(soft.Endpoint):
         with contextlib.suppress(zmq.Again):
             while True:
                 watch.recv_multipart(zmq.NOBLOCK)
-                self.receive()  # what came before
-                self.broke(
-                    f"the TCP connection to port {self.port} of {self.route.host}, which carries the frames, has ended or "
-                    "could not be made (a firewall must let it through)"
-                )
+                self.ends_s = self.ends_s or time.monotonic() + GRACE_S
+
+    def end_if_due(self) -> None:
+        """Some time after the connection has ended: what came before, and a goodbye by the control plane, come first."""
+        if self.ends_s is not None and time.monotonic() >= self.ends_s and not self.error:
+            self.receive()
+            self.broke(
+                f"the TCP connection to port {self.port} of {self.route.host}, which carries the frames, has ended or "
+                "could not be made (a firewall must let it through)"
+            )
 
     def flush(self) -> None:
         """Nothing will be sent or received any more."""
@@ -499,7 +508,7 @@ class _Service:
                 endpoint.broke(f"an internal error: {error!r}")
 
     def _turn(self) -> None:
-        waiting = any(endpoint.under_way for endpoint in self._endpoints.values())
+        waiting = any(endpoint.under_way or endpoint.ends_s for endpoint in self._endpoints.values())
         busy = self._attend or self._calls
         events = dict(self._poller.poll(0 if busy else TRACK_MS if waiting else None))
         if self._wake_fd in events:
@@ -524,6 +533,8 @@ class _Service:
         for endpoint in set(self._endpoints.values()):
             if endpoint.under_way:
                 endpoint.confirm()
+            if endpoint.ends_s is not None:
+                endpoint.end_if_due()
         self._rest()
 
     def _rest(self) -> None:
