@@ -290,8 +290,8 @@ class TcpEndpoint(soft.Endpoint):
         return tracker
 
     def confirm(self) -> None:
-        """Complete what ZeroMQ is done with."""
-        while self.under_way and ((tracker := self.under_way[0][1]) is None or tracker.done):
+        """Complete what ZeroMQ is done with. Not once the connection has ended, for it may have thrown it away."""
+        while self.ends_s is None and self.under_way and ((tracker := self.under_way[0][1]) is None or tracker.done):
             posted, _ = self.under_way.popleft()
             if posted.signaled:
                 self.complete(Completion(posted.wr_id))
