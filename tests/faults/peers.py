@@ -27,7 +27,7 @@ threading.Thread(target=lambda: (sys.stdin.readline(), enough.set()), daemon=Tru
 pushed, error = 0, None
 try:
     while not enough.wait(0.002):
-        tx.push(picture(pushed), timeout=60)
+        tx.push(picture(pushed), timeout=25)
         pushed += 1
         if pushed == 20:
             print("going", flush=True)

@@ -140,6 +140,10 @@ def test_a_process_that_stands_still_for_longer_is_given_up_and_learns_it(kind: 
         other.go_on()
         began = time.monotonic()
         result = other.result()
+        if kind == bind == "sender" and result["error"] == "TimeoutExpired":
+            # It stood still when all it had sent was released: nothing was lost, and a bound one waits for the next receiver.
+            assert (result["frames"], result["unreleased"]) == (here.frames, [])
+            return
         assert time.monotonic() - began < LEASE_S + MARGIN_S + 5
         assert result["error"] == "PeerLost", result
         if kind == "sender":
