@@ -164,7 +164,7 @@ def test_it_refuses_or_turns_away_until_it_resumes() -> None:
         dial(proxy).close()
         wait_until(lambda: proxy.counts().connections == 2, "it was taken")
         proxy.turn_away()
-        with dial(proxy) as other, pytest.raises(ConnectionResetError):
+        with pytest.raises(ConnectionResetError), dial(proxy) as other:  # perhaps before it is connected
             other.recv(1)
         wait_until(lambda: proxy.counts().turned_away == 1, "it was counted")
         passes(near, far)
