@@ -246,7 +246,7 @@ nodes=1
 parse_guest_options "$@"
 install_tools
 if [[ $nodes == 2 ]]; then
-  "$qemu" -netdev help 2>&1 | grep -qx stream || die "--nodes 2 needs QEMU 7.2 or newer (-netdev stream), and this is older"
+  "$qemu" -netdev help 2>&1 | grep -qx dgram || die "--nodes 2 needs QEMU 7.2 or newer (-netdev dgram), and this is older"
 fi
 prepare_kernel
 open_box "$cache"
