@@ -19,6 +19,7 @@ from rdmaxfer.cm.curve import Identity
 from rdmaxfer.cm.gate import FAILED, HandshakeWatch
 from rdmaxfer.cm.messages import MAX_MESSAGE_BYTES
 from rdmaxfer.cm.protocol import ServerHandler, ServerSessions
+from rdmaxfer.cm.turns import Request, Turns
 from rdmaxfer.errors import EndpointError
 
 REQUESTS_A_TURN = 64
@@ -71,8 +72,8 @@ class ServerChannel:
             text = f"{endpoint!r} can't be bound: {zmq.strerror(code)}."
             raise EndpointError(text, fix=_FIXES.get(code, "")) from None
         self.watch = HandshakeWatch(self.socket)
-        self._waiting: dict[bytes, tuple[list[bytes], str]] = {}
-        """Requests of who is not connected, in order, with the envelope and the address of the last who sent it."""
+        self._waiting = Turns(MAX_WAITING)
+        """Requests of who is not connected."""
         self.turned_away = 0
         """Connections whose ZeroMQ handshake failed: no key, a wrong one, or no ZeroMQ at all."""
         self.sessions = ServerSessions(
@@ -103,18 +104,14 @@ class ServerChannel:
             peer = _peer(parts[-1])
             if self.sessions.is_started(data):
                 self._answer(envelope, data, peer, now_s)
-            elif data in self._waiting or len(self._waiting) < MAX_WAITING:
-                self._waiting[data] = (
-                    envelope,
-                    peer,
-                )  # a repeat keeps its place; its sender listens only to the last
+            else:
+                self._waiting.add(Request(data, envelope, peer))
 
     def on_turn(self, clock_s: Callable[[], float]) -> None:
         """Answer some of those who are not connected, one at least."""
         end_s = clock_s() + HANDSHAKES_FOR_S
         while self._waiting:
-            data = next(iter(self._waiting))
-            envelope, peer = self._waiting.pop(data)
+            data, envelope, peer = self._waiting.take()
             self._answer(envelope, data, peer, clock_s())
             if clock_s() >= end_s:
                 return

@@ -462,8 +462,13 @@ static int arm_all(rx_ep **eps, int n, rx_error *error) {
 static int take_event(rx_ep *e, rx_error *error) {
     struct ibv_cq *cq;
     void *context;
-    if (e->lib->get_cq_event(e->channel, &cq, &context))
+    if (e->lib->get_cq_event(e->channel, &cq, &context)) {
+        if (errno == EIO) { /* the device was removed since ppoll(2) */
+            e->gone = 1;
+            return 0;
+        }
         return errno == EAGAIN || errno == EINTR ? 0 : fail(error, "ibv_get_cq_event", errno);
+    }
     e->lib->ack_cq_events(cq, 1);
     e->armed = 0;
     return 0;

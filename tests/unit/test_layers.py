@@ -24,6 +24,7 @@ LAYERS = [
         "rdmaxfer.cm.endpoint",
         "rdmaxfer.cm.latch",
         "rdmaxfer.cm.curve",
+        "rdmaxfer.cm.turns",
     ],
     ["rdmaxfer.ring", "rdmaxfer.frame", "rdmaxfer.cm.states"],
     ["rdmaxfer.cm.client_session", "rdmaxfer.cm.server_sessions"],
@@ -46,7 +47,7 @@ PURE = [
     *("rdmaxfer.ring", "rdmaxfer.frame", "rdmaxfer.inband"),
     *(
         "rdmaxfer.cm." + name
-        for name in ("protocol", "messages", "endpoint", "states", "client_session", "server_sessions")
+        for name in ("protocol", "messages", "endpoint", "states", "client_session", "server_sessions", "turns")
     ),
 ]
 IMPURE = {"zmq", "socket", "time", "threading", "asyncio", "select", "os", "pyverbs"}
