@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
@@ -130,9 +131,7 @@ def _look_at(verbs: Any, entry: Any) -> Device:
 
 
 def _gid(entry: Any) -> Gid:
-    import ipaddress
-
-    raw = ipaddress.IPv6Address(entry.gid_str()).packed
+    raw = socket.inet_pton(socket.AF_INET6, entry.gid_str())
     return Gid(entry.gid_index, raw, _GID_TYPES.get(int(entry.gid_type), "UNKNOWN"), entry.ndev_ifindex)
 
 

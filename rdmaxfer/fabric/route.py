@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import socket
 
@@ -10,6 +11,7 @@ IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 ROCE_V2_PORT = 4791
 
 
+@functools.lru_cache(1024)
 def gid_to_ip(gid: bytes) -> IPAddress:
     """A RoCE GID as the address it stands for: IPv4 where it is an IPv4-mapped one."""
     if len(gid) != 16:

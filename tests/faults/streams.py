@@ -20,9 +20,10 @@ PAUSE_S = 0.002
 class Stream:
     """Pushes and takes numbered frames in two threads, until `finish`."""
 
-    def __init__(self, tx: rdmaxfer.Sender, rx: rdmaxfer.Receiver) -> None:
+    def __init__(self, tx: rdmaxfer.Sender, rx: rdmaxfer.Receiver, pause_s: float) -> None:
         self.tx = tx
         self.rx = rx
+        self._pause_s = pause_s
         self.first = tx.statistics().frames
         self.pushed = self.taken = 0
         self._enough = threading.Event()
@@ -30,7 +31,7 @@ class Stream:
         self._taking = Background(self._take)
 
     def _push(self) -> None:
-        while not self._enough.wait(PAUSE_S):
+        while not self._enough.wait(self._pause_s):
             seq = self.first + self.pushed
             assert self.tx.push(picture(seq), timeout=TIMEOUT_S) == seq
             self.pushed += 1
@@ -73,9 +74,9 @@ class Stream:
 
 
 @contextlib.contextmanager
-def streaming(tx: rdmaxfer.Sender, rx: rdmaxfer.Receiver) -> Iterator[Stream]:
+def streaming(tx: rdmaxfer.Sender, rx: rdmaxfer.Receiver, pause_s: float = PAUSE_S) -> Iterator[Stream]:
     """A Stream that is finished at the end of the block."""
-    stream = Stream(tx, rx)
+    stream = Stream(tx, rx, pause_s)
     try:
         yield stream
         stream.finish()

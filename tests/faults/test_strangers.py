@@ -33,6 +33,8 @@ pytestmark = pytest.mark.verbs
 
 BOUND = pytest.mark.parametrize("bound", ["receiver", "sender"])
 OPTIONS: dict[str, Any] = {"slots": 4, "lease_s": 5.0}
+PAUSE_S = 0.02
+"""Between frames of the stream: who floods, who is flooded and the stream share one interpreter."""
 LEAK_BYTES = 24 << 20
 """Less than a thousand half-open sessions take, and more than what Python keeps of them."""
 
@@ -59,7 +61,7 @@ class Live:
         self.endpoint = self.here.bind("tcp://127.0.0.1:*")
         self.there.connect(self.endpoint, timeout=TIMEOUT_S)
         self.here.wait_for_peers(1, timeout=TIMEOUT_S)
-        self.stream: Stream = stack.enter_context(streaming(self.tx, self.rx))
+        self.stream: Stream = stack.enter_context(streaming(self.tx, self.rx, PAUSE_S))
         self.stream.goes_on(50)
 
     @contextlib.contextmanager
