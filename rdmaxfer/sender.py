@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rdmaxfer.cm.messages import MAX_SLOT_BYTES, Accept, Hello, Progress, Refuse, RefuseCode, Resized, RingAddress
+from rdmaxfer.copying import copy_into
 from rdmaxfer.errors import (
     ClosedError,
     DeviceError,
@@ -889,12 +890,14 @@ class Sender(Node[SendLink, SendStream]):
 def _copy(data: np.ndarray[Any, Any], staging: StagingSlot) -> None:
     if data.flags.c_contiguous:
         # As bytes: numpy leaves out the padding of structures.
-        np.copyto(staging.buffer.array(0, (data.nbytes,), np.uint8, writable=True), data.reshape(-1).view(np.uint8))
+        copy_into(staging.buffer.array(0, (data.nbytes,), np.uint8, writable=True), data.reshape(-1).view(np.uint8))
         return
     target = staging.buffer.array(0, data.shape, data.dtype, writable=True)
     if data.dtype.fields is not None:
         target.reshape(-1).view(np.uint8)[...] = 0  # nothing of an earlier frame is to show through the padding
-    np.copyto(target, data, casting="no")
+        np.copyto(target, data, casting="no")
+    else:
+        copy_into(target, data)
 
 
 def _check_policy(when_full: str) -> None:

@@ -15,7 +15,7 @@
 # Mode Linux kernel, which takes 4 to 6 minutes on 2 processors. A device test that finds no device fails; a stage in which no
 # device test ran fails. All stages run, whatever fails; the exit status is 0 only if nothing did.
 #
-#   --soak                 the long version, which takes hours: only the tests that repeat something, as often as it takes to be
+#   --soak                 the long version, which takes half an hour: only the tests that repeat something, as often as it takes to be
 #                          sure (tests/soak.py). Not in the virtual machine, unless STAGES asks for it.
 #   STAGES="host uml vm"   the stages to run, when not all of them
 #   RDMAXFER_FUZZ=1000     how many inputs each target of tests/fuzz gets (100000; with --soak 1000000)
