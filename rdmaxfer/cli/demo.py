@@ -80,6 +80,8 @@ def _run_with(child: subprocess.Popen[str], args: argparse.Namespace, files: lis
     before = counters.read(route.device, route.port)
     with options.make_sender(args, slots=args.slots) as sender:
         sender.connect(endpoint)
+        for link in sender.links():
+            print(f"fabric:    {link.fabric}; {link.reason}", flush=True)
         checked = _send_checked(sender, images, args.count)
         fast = _send_fast(sender, images, args.count)
         result = _answer(child)

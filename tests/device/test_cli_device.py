@@ -246,5 +246,6 @@ def test_demo_runs(tmp_path: Path) -> None:
         assert demo.end() == 0, demo.text
         assert "4 of 4 arrived byte for byte" in demo.text
         assert "WRITE_WITH_IMM completions" in demo.text
+        assert "fabric:    verbs; rxe0 port 1 GID" in demo.text
     with Image.open(picture) as image:
         assert image.size == (1920, 1080)
