@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import resource
 import secrets
 import time
@@ -25,7 +26,7 @@ from rdmaxfer.errors import MemlockError, NoDevice, VerbsError
 from rdmaxfer.fabric import bridge, native
 from rdmaxfer.fabric.devices import ETHERNET, Route
 from rdmaxfer.fabric.owner import Owner
-from rdmaxfer.memory import Buffer
+from rdmaxfer.memory import Buffer, huge_page_bytes
 
 log = logging.getLogger("rdmaxfer")
 
@@ -604,6 +605,9 @@ def _fork_init() -> None:
     global _fork_initialized
     if _fork_initialized:
         return
+    if huge_page_bytes():
+        # ibv_fork_init(3): else, on kernels older than 5.12, registering a part of a huge page fails.
+        os.environ.setdefault("RDMAV_HUGEPAGES_SAFE", "1")
     error = native.extension().ffi.new("rx_error *")
     try:
         native.check(native.extension().lib.rx_fork_init(native.library(), error), error)

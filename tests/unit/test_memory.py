@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rdmaxfer import memory
 from rdmaxfer.errors import MemlockError
 from rdmaxfer.fabric import verbs
 from rdmaxfer.memory import Buffer
@@ -22,6 +23,34 @@ def test_a_buffer_is_zeroed_and_page_aligned(nbytes: int) -> None:
     assert buffer.nbytes == nbytes
     assert buffer.address % mmap.PAGESIZE == 0
     assert bytes(buffer.view(0, nbytes)) == bytes(nbytes)
+
+
+@pytest.mark.parametrize(
+    "page_bytes", [0, 4096, 2 << 20, 512 << 20], ids=["none", "of no such size", "2 MiB", "too large"]
+)
+def test_without_free_huge_pages_there_are_ordinary_ones(page_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "huge_page_bytes", lambda: page_bytes)
+    buffer = Buffer(4 << 20)
+    buffer.view(0, 4 << 20)[-1] = 7
+    assert bytes(buffer.view((4 << 20) - 2, 2)) == b"\0\7"
+
+
+def test_huge_pages_that_may_not_be_touched_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container whose limit denies them: mapping succeeds, and populating does not."""
+    made: list[int] = []
+
+    class Map(mmap.mmap):
+        def __new__(cls, fileno: int, length: int, flags: int) -> Map:
+            made.append(flags & memory._MAP_HUGETLB)
+            return super().__new__(cls, fileno, length, flags=flags & ~memory._MAP_HUGETLB)
+
+        def madvise(self, option: int, *args: int) -> None:
+            raise OSError(errno.EFAULT, "denied")
+
+    monkeypatch.setattr(memory, "huge_page_bytes", lambda: 2 << 20)
+    monkeypatch.setattr(mmap, "mmap", Map)
+    assert bytes(Buffer(4 << 20).view(0, 8)) == bytes(8)
+    assert made == [memory._MAP_HUGETLB, 0]
 
 
 def test_a_negative_size_is_refused() -> None:
