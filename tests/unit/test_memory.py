@@ -40,7 +40,7 @@ def test_huge_pages_that_may_not_be_touched_are_given_back(monkeypatch: pytest.M
     made: list[int] = []
 
     class Map(mmap.mmap):
-        def __new__(cls, fileno: int, length: int, flags: int) -> Map:
+        def __new__(cls, fileno: int, length: int, flags: int) -> Map:  # noqa: PYI034 (Self is not in Python 3.10)
             made.append(flags & memory._MAP_HUGETLB)
             return super().__new__(cls, fileno, length, flags=flags & ~memory._MAP_HUGETLB)
 
