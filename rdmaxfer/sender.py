@@ -240,8 +240,9 @@ class Sender(Node[SendLink, SendStream]):
         """Send an array to every connected receiver; returns the frame's sequence number.
 
         `array`: any shape of up to 8 dimensions, any fixed-size numeric, bool, complex, datetime64, timedelta64 or structured
-        dtype, any byte order. It is copied once, into staging memory, unless it is C-contiguous and lies in memory registered by
-        `register`: then the device reads it where it is, and it must not be changed before `flush` has returned.
+        dtype, any byte order; also bytes, a bytearray or a memoryview, and whatever numpy takes for an array without a copy, like
+        a torch tensor on the CPU. It is copied once, into staging memory, unless it is C-contiguous and lies in memory
+        registered by `register`: then the device reads it where it is, and it must not be changed before `flush` has returned.
         `metadata`: a small mapping (4 KiB as msgpack) that travels along. `captured_ns`: capture time, nanoseconds since 1970.
 
         Waits up to `timeout` seconds (for ever by default) until every receiver with `when_full="block"` has a free slot (with
@@ -249,7 +250,8 @@ class Sender(Node[SendLink, SendStream]):
         anybody), UnsupportedDtype, FrameTooLarge, FrameError, PeerLost (once, when a receiver was given up), NotConnected,
         ClosedError.
         """
-        data = np.asanyarray(array)
+        # numpy takes bytes for text.
+        data = np.ndarray((len(array),), np.uint8, array) if isinstance(array, bytes) else np.asanyarray(array)
         kind = frame_type(data.shape, data.dtype)
         packed = encode_metadata(metadata) if metadata else b""
         captured_ns = _nanoseconds(captured_ns)

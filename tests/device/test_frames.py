@@ -45,6 +45,20 @@ def test_every_dtype_and_shape_round_trips(dtype: Any) -> None:
                 assert not frame.array.flags.writeable
 
 
+@pytest.mark.parametrize("data", [b"", b"\0some \xffbytes\0", bytes(range(256)) * 40], ids=len)
+def test_bytes_and_their_like_are_arrays_of_uint8(data: bytes) -> None:
+    class Whole:  # like a tensor of another library
+        def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
+            return np.array(bytearray(data), np.uint8)
+
+    with pair() as (tx, rx):
+        for given in (data, bytearray(data), memoryview(data), memoryview(bytearray(data)), Whole()):
+            tx.push(given, timeout=TIMEOUT_S)
+            with rx.recv(timeout=TIMEOUT_S) as frame:
+                assert frame.array.tobytes() == data
+                assert (frame.array.dtype, frame.array.shape) == (np.uint8, (len(data),))
+
+
 @pytest.mark.verbs
 @pytest.mark.smoke
 @pytest.mark.parametrize("bind", ["receiver", "sender"])
