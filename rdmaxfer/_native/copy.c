@@ -18,6 +18,8 @@
 #define FEW 16                  /* so few columns are not worth a loop of their own */
 #define ROWS_TO_CROSS 8         /* numpy does well with fewer */
 #define PIXEL 4                 /* so few columns numpy copies one by one */
+#define A_THREAD (1 << 20)      /* bytes, at least */
+#define MAX_THREADS 8           /* so many use up what a memory controller gives, and leave other cores to others */
 #define WIDE 8                  /* items of so many bytes or more numpy transposes as fast, as long as all is in the cache */
 #define WIDE_FROM (4 << 20)     /* bytes */
 
@@ -233,6 +235,10 @@ int rx_copy(char *dst, const char *src, int ndim, const int64_t *shape, const in
 #ifdef _OPENMP
     if (threads == 0)
         threads = omp_get_max_threads();
+    if (threads > MAX_THREADS)
+        threads = MAX_THREADS;
+    if (threads > nbytes / A_THREAD)
+        threads = (int)(nbytes / A_THREAD);
     if (threads > p.units)
         threads = (int)p.units;
     if (forked || nbytes < RX_PARALLEL_FROM)
