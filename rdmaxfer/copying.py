@@ -11,8 +11,6 @@ import numpy as np
 
 NATIVE_FROM_BYTES = 1 << 16
 """Below it, calling takes longer than what can be gained."""
-PIXEL = 4
-"""Rows of more items than this numpy copies as fast, if they have no gaps."""
 
 
 @functools.cache
@@ -33,8 +31,9 @@ def copy_into(target: np.ndarray[Any, Any], data: np.ndarray[Any, Any]) -> None:
 def _may_gain(data: np.ndarray[Any, Any]) -> bool:
     if data.nbytes < NATIVE_FROM_BYTES or data.dtype.hasobject or native() is None:
         return False
-    in_rows = data.strides[-1] == data.itemsize and data.shape[-1] > PIXEL
-    return not in_rows or data.nbytes >= native().lib.RX_PARALLEL_FROM
+    lib = native().lib
+    in_rows = data.strides[-1] == data.itemsize and data.shape[-1] > lib.RX_PIXEL  # asked here, as it is most arrays
+    return not in_rows or data.nbytes >= lib.RX_PARALLEL_FROM
 
 
 def copy_natively(target: np.ndarray[Any, Any], data: np.ndarray[Any, Any], threads: int = 0) -> int:

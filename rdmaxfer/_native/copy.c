@@ -17,7 +17,6 @@
 #define PIECE (1 << 15)         /* bytes of a row that are copied at once, so that threads can share a long row */
 #define FEW 16                  /* so few columns are not worth a loop of their own */
 #define ROWS_TO_CROSS 8         /* numpy does well with fewer */
-#define PIXEL 4                 /* so few columns numpy copies one by one */
 #define A_THREAD (1 << 20)      /* bytes, at least */
 #define MAX_THREADS 8           /* so many use up what a memory controller gives, and leave other cores to others */
 #define WIDE 8                  /* items of so many bytes or more numpy transposes as fast, as long as all is in the cache */
@@ -248,7 +247,7 @@ int rx_copy(char *dst, const char *src, int ndim, const int64_t *shape, const in
 #endif
     int runs = a.src[a.ndim - 1] == item;
     if (threads == 1 || !runs) {
-        if (p.crossing ? item >= WIDE && nbytes < WIDE_FROM : p.cols > PIXEL)
+        if (p.crossing ? item >= WIDE && nbytes < WIDE_FROM : p.cols > RX_PIXEL)
             return 0;
     }
     if (threads == 1) {

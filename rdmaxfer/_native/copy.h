@@ -5,6 +5,7 @@
 #include <stdint.h>
 
 #define RX_MAX_DIMS 64
+#define RX_PIXEL 4 /* rows of so few items numpy copies item by item, and longer ones as fast as memcpy(3) if they have no gaps */
 #define RX_PARALLEL_FROM (4 << 20) /* bytes; below it, waking other threads takes longer than what they save */
 
 /* Copies an array of `ndim` dimensions to `dst`, where it becomes C-contiguous: extents, strides in bytes (of any sign, also 0),

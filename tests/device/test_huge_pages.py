@@ -33,6 +33,7 @@ def set_aside(count: int) -> Iterator[None]:
     before = POOL.read_text()
     POOL.write_text(f"{int(before) + count}\n")
     try:
+        assert free_pages() >= count, "the kernel had no memory for them"
         yield
     finally:
         POOL.write_text(before)
