@@ -10,6 +10,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,10 @@ from rdmaxfer.fabric.devices import Route, choose_gid, list_devices
 # Nothing else may take over without being noticed, also in other processes.
 FABRIC = os.environ.setdefault("RDMAXFER_FABRIC", "verbs")
 SOAK_TIMEOUT_S = 7200
+# What a script runs in the background ignores Ctrl-C, and so would what is tested here, and its children.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 NEED_A_DEVICE = frozenset(Path(__file__).parent / name for name in ("device", "faults"))
 
 
