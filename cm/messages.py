@@ -32,6 +32,8 @@ NO_SESSION = bytes(SESSION_BYTES)
 """The session of a refusal that answers something whose session could not be read."""
 
 TCP_KEY_BYTES = 16
+SHM_KEY_BYTES = 16
+HOST_BYTES = 16
 MAX_TEXT_CHARS = 1024
 MAX_NAME_CHARS = 128
 MAX_FABRICS = 8
@@ -115,7 +117,15 @@ class TcpAddress(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     key: Annotated[bytes, Meta(min_length=TCP_KEY_BYTES, max_length=TCP_KEY_BYTES)]
 
 
-Fabric: TypeAlias = VerbsAddress | TcpAddress
+class ShmAddress(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind", tag="shm"):
+    """Which user of which machine this is (`host`, a hash), and, from the bound side, the key of the socket where it takes
+    memory; from the connecting side, any key."""
+
+    host: Annotated[bytes, Meta(min_length=HOST_BYTES, max_length=HOST_BYTES)]
+    key: Annotated[bytes, Meta(min_length=SHM_KEY_BYTES, max_length=SHM_KEY_BYTES)]
+
+
+Fabric: TypeAlias = VerbsAddress | TcpAddress | ShmAddress
 """A way to move frames."""
 
 
@@ -383,13 +393,17 @@ def _check_path(accept: Accept) -> None:
         if not fabric.port:
             raise ValueError("the acceptor names no port")
         return
+    if isinstance(fabric, ShmAddress):
+        if (accept.path_mtu, accept.max_msg_sz) != (NO_MTU, NO_MAX_MSG_SZ):
+            raise ValueError("shared memory has no path MTU or message size")
+        return
     _check_mtu("path_mtu", accept.path_mtu)
     if accept.path_mtu > fabric.active_mtu:
         raise ValueError("path_mtu is above the acceptor's own active_mtu")
 
 
 def _check_fabric(fabric: Fabric) -> None:
-    if isinstance(fabric, TcpAddress):
+    if isinstance(fabric, TcpAddress | ShmAddress):
         return
     _check_mtu("active_mtu", fabric.active_mtu)
     if len({each.qp_num for each in fabric.queue_pairs}) < len(fabric.queue_pairs):

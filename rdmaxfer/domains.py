@@ -54,6 +54,10 @@ class Domains(Generic[L]):
                 from rdmaxfer.fabric.tcp import TcpDomain
 
                 domain = TcpDomain(identity)
+            elif route.fabric == "shm":
+                from rdmaxfer.fabric.shm import ShmDomain
+
+                domain = ShmDomain()
             else:
                 from rdmaxfer.fabric.verbs import Domain
 

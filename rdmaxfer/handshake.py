@@ -35,6 +35,8 @@ def address_of(endpoint: Endpoint) -> messages.Fabric:
     a = endpoint.address
     if endpoint.route.fabric == "tcp":
         return messages.TcpAddress(port=a.port, key=a.key)
+    if endpoint.route.fabric == "shm":
+        return messages.ShmAddress(host=a.host, key=a.key)
     return messages.VerbsAddress(
         device=a.device,
         gid=a.gid,
@@ -48,7 +50,7 @@ def address_of(endpoint: Endpoint) -> messages.Fabric:
 
 def path_of(mine: messages.Fabric, theirs: messages.Fabric) -> tuple[int, int]:
     """Path MTU and largest message between two endpoints of one fabric, in bytes."""
-    if isinstance(mine, messages.TcpAddress) or isinstance(theirs, messages.TcpAddress):
+    if not isinstance(mine, messages.VerbsAddress) or not isinstance(theirs, messages.VerbsAddress):
         return messages.NO_MTU, messages.NO_MAX_MSG_SZ
     return min(mine.active_mtu, theirs.active_mtu), min(mine.max_msg_sz, theirs.max_msg_sz)
 
@@ -56,7 +58,7 @@ def path_of(mine: messages.Fabric, theirs: messages.Fabric) -> tuple[int, int]:
 def check_path(accept: Accept, mine: messages.Fabric) -> None:
     """Raise RemoteProtocolError unless what the peer chose fits what this side has."""
     theirs = accept.fabric
-    if isinstance(theirs, messages.TcpAddress) or isinstance(mine, messages.TcpAddress):
+    if not isinstance(theirs, messages.VerbsAddress) or not isinstance(mine, messages.VerbsAddress):
         if type(theirs) is not type(mine):
             raise RemoteProtocolError("the peer chose a fabric that was not offered")
         return

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
+import fcntl
 import functools
 import mmap
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,22 +50,68 @@ def huge_page_bytes() -> int:
     return 0
 
 
+class _Descriptor:
+    """A file descriptor that is closed with the last reference."""
+
+    __slots__ = ("fd",)
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+"""No access behind the end, by which a process dies of SIGBUS."""
+
+
+def _map_shared(nbytes: int) -> tuple[mmap.mmap, _Descriptor]:
+    """Memory without a name that other processes can map, too, if they are given its descriptor (memfd_create(2)): the kernel
+    frees it when nobody has it any more, however they ended."""
+    # The kernel promises any size of it, and kills for the want of memory later; of anonymous memory it says at once that there is
+    # not so much.
+    mmap.mmap(-1, nbytes, flags=_ANONYMOUS).close()
+    file = _Descriptor(os.memfd_create("rdmaxfer", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+    os.ftruncate(file.fd, nbytes)
+    fcntl.fcntl(file.fd, fcntl.F_ADD_SEALS, _SEALS)
+    return mmap.mmap(file.fd, nbytes, flags=mmap.MAP_SHARED), file
+
+
+def map_foreign(fd: int, nbytes: int, *, writable: bool = False) -> mmap.mmap:
+    """Map another process's memory, of which it has sent the descriptor. Raises ValueError if it could shrink, or is too small."""
+    if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK == 0:
+        raise ValueError("the memory is not sealed against shrinking")
+    if not 0 < nbytes <= os.fstat(fd).st_size:
+        raise ValueError(f"the memory has {os.fstat(fd).st_size} bytes, not {nbytes}")
+    return mmap.mmap(fd, nbytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0))
+
+
 class Buffer:
-    """`nbytes` of zeroed, page-aligned, anonymous memory.
+    """`nbytes` of zeroed, page-aligned memory; with `shared`, such that other processes can be given it by its descriptor `fd`.
 
     The memory lives as long as this object or any view or array made from it: Python does not unmap a mapping that is
     exported, and nobody ever calls `mmap.close()`.
     """
 
-    __slots__ = ("__weakref__", "_map", "address", "nbytes")
+    __slots__ = ("__weakref__", "_file", "_map", "address", "nbytes")
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, *, shared: bool = False) -> None:
         if nbytes < 0:
             raise ValueError(f"a buffer can't have {nbytes} bytes")
         self.nbytes = nbytes
+        self._file: _Descriptor | None = None
         try:
-            self._map = _map(max(nbytes, 1))
+            if shared:
+                self._map, self._file = _map_shared(max(nbytes, 1))
+            else:
+                self._map = _map(max(nbytes, 1))
         except (OSError, OverflowError, MemoryError) as error:
+            if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+                raise NoMemory(
+                    "memory to be shared takes a file descriptor, and this process may not have more.",
+                    fix="raise the limit on open files (`ulimit -n`), or use fewer slots.",
+                ) from error
             raise NoMemory(
                 f"{nbytes} bytes of memory can't be had: {error}.", fix="use fewer or smaller slots."
             ) from error
@@ -71,6 +120,11 @@ class Buffer:
 
     def __repr__(self) -> str:
         return f"<Buffer {self.nbytes} bytes at {self.address:#x}>"
+
+    @property
+    def fd(self) -> int | None:
+        """What another process maps it by; None if it can't."""
+        return self._file.fd if self._file is not None else None
 
     def view(self, offset: int, nbytes: int) -> memoryview:
         """A writable view of `nbytes` from `offset` on."""

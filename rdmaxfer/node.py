@@ -117,7 +117,7 @@ class StateChange:
     reason: str
     """Why the fabric, the device and its GID were chosen, once connected; else the error's text, or nothing."""
     fabric: str = ""
-    """What carries the frames, once connected: "verbs" or "tcp"."""
+    """What carries the frames, once connected: "verbs", "shm" or "tcp"."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +127,7 @@ class LinkInfo:
     peer: str
     """As in StateChange."""
     fabric: str
-    """What carries the frames: "verbs" or "tcp"."""
+    """What carries the frames: "verbs", "shm" or "tcp"."""
     reason: str
     """Why this fabric, device and GID."""
 
@@ -290,15 +290,19 @@ class Node(Generic[L, S]):
         """Connect a stream that has an origin, for the first time or again. Raises what `connect` does."""
         assert stream.origin is not None
         deadline = Deadline(timeout)
-        route = self.route_towards(stream.origin.host)
-        try:
-            self._reach(stream, route, timeout)
-        except Refused as error:
-            if error.code != messages.RefuseCode.FABRIC.value or self._fabric != "auto" or route.fabric != "verbs":
-                raise
-            reason = f"the peer can't take part over verbs: {error}"
-            route = self._tcp_route(stream.origin.host, reason, instead=True)
-            self._reach(stream, route, None if timeout is None else max(0.0, deadline.left_s()))
+        host = stream.origin.host
+        route = self.shm_route_towards(host) or self.route_towards(host)
+        while True:
+            try:
+                return self._reach(stream, route, None if timeout is None else max(0.0, deadline.left_s()))
+            except Refused as error:
+                if error.code != messages.RefuseCode.FABRIC.value or self._fabric != "auto" or route.fabric == "tcp":
+                    raise
+                if route.fabric == "shm":
+                    log.info("not by shared memory: %s", error)
+                    route = self.route_towards(host)
+                else:
+                    route = self._tcp_route(host, f"the peer can't take part over verbs: {error}", instead=True)
 
     def _reach(self, stream: S, route: AnyRoute, timeout: float | None) -> None:
         assert stream.origin is not None
@@ -395,6 +399,35 @@ class Node(Generic[L, S]):
                 raise
             return self._tcp_route(host, f"this side can't take part over verbs: {error}", instead=True)
 
+    def shm_route_towards(self, host: str) -> AnyRoute | None:
+        """By shared memory, if that was asked for, or if `host` is this machine and nothing was. Raises NoDevice."""
+        if self._fabric not in ("auto", "shm"):
+            return None
+        from rdmaxfer.fabric import shm
+        from rdmaxfer.fabric.route import local_ip_towards, resolve
+
+        if self._fabric == "shm":
+            return shm.ShmRoute(bound=False, reason="shared memory was asked for")
+        ip = resolve(host)
+        if ip is None or local_ip_towards(host) != ip or shm.problem():
+            return None
+        return shm.ShmRoute(bound=False, reason=f"{ip} is this machine, and the peer belongs to the same user")
+
+    def _shm_route_back(self, theirs: messages.ShmAddress) -> AnyRoute:
+        from rdmaxfer.fabric import shm
+
+        if self._fabric in ("verbs", "tcp"):
+            raise NoDevice(
+                f"the side that connects offers shared memory, and this one takes part over {self._fabric} only.",
+                fix=f'fabric="{self._fabric}" or "auto" on both sides.',
+            )
+        why = shm.problem()
+        if not why and theirs.host != shm.host_id():
+            why = "the peer is on another machine, in another container, or belongs to another user"
+        if why:
+            raise NoDevice(f"frames can't go by shared memory: {why}.", fix='fabric="auto", "verbs" or "tcp".')
+        return shm.ShmRoute(bound=True, reason="the side that connects offers shared memory, and is this user's")
+
     def _tcp_route(self, host: str, reason: str, *, instead: bool = False) -> AnyRoute:
         from rdmaxfer.fabric.tcp import TcpRoute
 
@@ -402,19 +435,26 @@ class Node(Generic[L, S]):
 
     def route_back(self, theirs: messages.Fabric, host: str) -> AnyRoute:
         """How to serve a peer that offers `theirs`, at an endpoint that is bound to `host`. Raises NoDevice, VerbsUnavailable."""
+        if isinstance(theirs, messages.ShmAddress):
+            return self._shm_route_back(theirs)
         if isinstance(theirs, messages.TcpAddress):
             if self._fabric == "verbs":
                 raise NoDevice(
                     "the side that connects offers TCP, and this one takes part over verbs only.",
                     fix='give the side that connects an RDMA device, or fabric="auto" to this one.',
                 )
+            if self._fabric == "shm":
+                raise NoDevice(
+                    "the side that connects offers TCP, and this one takes part over shared memory only.",
+                    fix='fabric="auto" to this one.',
+                )
             from rdmaxfer.fabric.tcp import TcpRoute
 
             return TcpRoute(host, bound=True, reason="the side that connects asked for TCP")
-        if self._fabric == "tcp":
+        if self._fabric in ("tcp", "shm"):
             raise NoDevice(
-                "the side that connects offers verbs, and this one takes part over TCP only.",
-                fix='fabric="tcp" or "auto" on both sides.',
+                f"the side that connects offers verbs, and this one takes part over {self._fabric} only.",
+                fix=f'fabric="{self._fabric}" or "auto" on both sides.',
             )
         peer = str(gid_to_ip(theirs.gid)) if theirs.link_layer == "ethernet" else None
         route = self.route(peer, peer_gid=theirs.gid)
@@ -567,6 +607,9 @@ class Node(Generic[L, S]):
                 port=theirs.port, key=theirs.key, peer_key=origin.peer_key if origin is not None else None
             )
             return
+        if isinstance(theirs, messages.ShmAddress):
+            link.endpoint.connect(host=theirs.host, key=theirs.key)
+            return
         link.endpoint.connect(
             queue_pairs=[(each.qp_num, each.psn) for each in theirs.queue_pairs][: link.endpoint.lanes],
             gid=theirs.gid,
@@ -581,6 +624,7 @@ class Node(Generic[L, S]):
             self._opening.pop(link.session, None)
             stream: S = link.stream
             if link.state is LinkState.OPENING and not self._closing and stream.link is None:
+                link.endpoint.start()
                 link.state = LinkState.READY
                 stream.link, stream.peer = link, link.peer
                 stream.latest = link

@@ -92,6 +92,7 @@ class SendLink(Link):
         self.stream.resume(slots, len(self._lanes), start)
         self._half = max(1, slots // 2)
         self._depth = send_depth(slots)
+        self.stream.lends = self.stream.lends or self.endpoint.lends
         # A header block for every slot of the ring: the headers differ by receiver, the payload is shared.
         self._headers = Buffer(slots * framing.HEADER_ROOM)
         self._header_view = self._headers.view(0, self._headers.nbytes)

@@ -61,6 +61,8 @@ class SendStream(Stream[SendLink]):
         """Frames that are to be written next, oldest first."""
         self.latest_seq = -1
         """Of the latest frame offered."""
+        self.lends = False
+        """Whether the receiver reads frames in our own memory, and so may go on to do so when this has ended."""
         self.dropped = 0
         """Frames dropped, in all."""
         self._drops: deque[tuple[int, int, str]] = deque()
@@ -233,4 +235,7 @@ class SendStream(Stream[SendLink]):
     def end(self) -> None:
         """Nothing more goes to this receiver: let go of all frames. What a device still reads from is held by the link."""
         self.pending.clear()
+        if self.lends:
+            for out in self.written:
+                out.source.lent = True
         self.written.clear()

@@ -109,8 +109,9 @@ class Sender(Node[SendLink, SendStream]):
       device: name of the RDMA device, e.g. "rxe0"; by default the one whose GID matches the route to the peer, or the
         environment's RDMAXFER_DEVICE.
       port, gid_index: which port and GID of the device; found by default.
-      fabric: what carries the frames: "verbs" (RDMA), "tcp", or "auto" (the default, unless RDMAXFER_FABRIC says something else):
-        verbs if both sides can, and TCP else, with a line in the log. Who names a device wants verbs.
+      fabric: what carries the frames: "verbs" (RDMA), "shm" (shared memory), "tcp", or "auto" (the default, unless RDMAXFER_FABRIC
+        says something else): shared memory between processes of one user on one machine, else verbs if both sides can, and TCP
+        else, with a line in the log. Who names a device wants verbs.
       slots: frames that may be on their way or unreleased at a time. Each receiver may lower it for itself.
       slot_bytes: payload bytes to ask receivers to begin with (0: what they have); larger frames make slots grow.
       max_peers: receivers that may be connected to each endpoint bound here.
@@ -257,7 +258,8 @@ class Sender(Node[SendLink, SendStream]):
         captured_ns = _nanoseconds(captured_ns)
         deadline = Deadline(timeout)
         holder = Holder()
-        if self._registrations and data.flags.c_contiguous and data.nbytes:
+        # What other processes are to read where it is has to lie in memory that can be shared: a copy, if it is not from `reserve`.
+        if self._registrations and not self._pool.shared and data.flags.c_contiguous and data.nbytes:
             address = data.__array_interface__["data"][0]
             with self._lock:
                 source = self._registered(address, data.nbytes)
@@ -698,6 +700,8 @@ class Sender(Node[SendLink, SendStream]):
             pd = self._pds.get(domain)
             if pd is None:
                 pd = self._pds[domain] = domain.protection_domain()
+        if route.fabric == "shm":
+            self._pool.shared = True
         endpoint = pd.endpoint(
             route,
             send_depth=send_depth(self._slots),

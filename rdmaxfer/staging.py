@@ -48,12 +48,14 @@ class _Use(weakref.ref[Holder]):
 class Source:
     """Registered memory."""
 
-    __slots__ = ("_regions", "address", "keepalive", "nbytes")
+    __slots__ = ("_regions", "address", "keepalive", "lent", "nbytes")
 
     def __init__(self, address: int, nbytes: int, keepalive: object) -> None:
         self.address = address
         self.nbytes = nbytes
         self.keepalive = keepalive
+        self.lent = False
+        """Whether a peer may go on to read it: it is never to be used again."""
         self._regions: dict[ProtectionDomain, Region] = {}
 
     def lkey(self, pd: ProtectionDomain) -> int:
@@ -77,8 +79,8 @@ class StagingSlot(Source):
 
     __slots__ = ("_use", "buffer")
 
-    def __init__(self, nbytes: int) -> None:
-        buffer = Buffer(nbytes)
+    def __init__(self, nbytes: int, *, shared: bool = False) -> None:
+        buffer = Buffer(nbytes, shared=shared)
         super().__init__(buffer.address, buffer.nbytes, buffer)
         self.buffer = buffer
         self._use: _Use | None = None
@@ -111,6 +113,8 @@ class StagingPool:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         """May be changed at any time; slots that are there already stay."""
+        self.shared = False
+        """Whether slots have to be such that other processes can map them."""
         self._all: list[StagingSlot] = []
         self._gone: list[weakref.ref[Holder]] = []
         """Uses that have ended. Their slots may be in use again, and not all slots that are free are here."""
@@ -122,12 +126,15 @@ class StagingPool:
         """A slot of at least `nbytes`, held by `holder`; None while all are in use."""
         slot = self._pop()
         if slot is None and len(self._all) >= self.limit:
+            for lent in [slot for slot in self._all if slot.lent and slot.free]:
+                self.forget(lent)
             slot = next((slot for slot in self._all if slot.free), None)  # Ctrl-C behind a _pop lost it
-            if slot is None:
+            if slot is None and len(self._all) >= self.limit:
                 return None
-        if slot is None or slot.nbytes < nbytes:
+        if slot is None or slot.nbytes < nbytes or (self.shared and slot.buffer.fd is None):
             # Registering takes longer than copying: leave room, so that frames which grow little by little don't need it each time.
-            fresh = StagingSlot(_rounded(nbytes if slot is None else nbytes * 5 // 4))
+            grown = slot is not None and slot.nbytes < nbytes
+            fresh = StagingSlot(_rounded(nbytes * 5 // 4 if grown else nbytes), shared=self.shared)
             if slot is None:
                 self._all.append(fresh)
             else:
@@ -146,7 +153,9 @@ class StagingPool:
         while self._gone:
             use = self._gone.pop()
             if isinstance(use, _Use) and use.slot.free and use.slot in self._all:
-                return use.slot
+                if not use.slot.lent:
+                    return use.slot
+                self.forget(use.slot)
         return None
 
     def forget(self, slot: Source) -> None:

@@ -136,7 +136,7 @@ int rx_post_recv(rx_ep *ep, uint32_t lane, const rx_recv_wr *wrs, int n, int *po
 int rx_poll(rx_ep **eps, int n, int first, rx_wc *out, int max, int *taken, rx_error *error);
 
 /* The same, but if there are none: spin for up to spin_ns; then arm every CQ, look once more, and sleep on all the
- * completion channels and on wake_fd (an eventfd, or -1), until timeout_ns (< 0: for ever) after the call. An end whose
+ * completion channels and on wake_fd (an eventfd, an epoll set, or -1), until timeout_ns (< 0: for ever) after the call. An end whose
  * device was removed is left out from then on: rx_async_get tells of that.
  * 0 means timeout, wake (then the eventfd was drained) or a signal, whose handler runs when the caller is back in Python. */
 int rx_wait(rx_ep **eps, int n, int first, int wake_fd, uint64_t spin_ns, int64_t timeout_ns, rx_wc *out, int max,

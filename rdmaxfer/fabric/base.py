@@ -1,14 +1,16 @@
 """What a fabric offers to a link: memory that a peer may write to, and an endpoint that writes in order.
 
-`verbs.py` and `tcp.py` are implementations. The words are those of verbs, the meaning is not bound to them:
+`verbs.py`, `shm.py` and `tcp.py` are implementations. The words are those of verbs, the meaning is not bound to them:
 
 - **Order.** An endpoint has one or more lanes. On each, writes take effect in the order in which they were posted, and an immediate
   comes after all data before it; between lanes there is no order.
 - **Write without the peer's help.** The receiving program does nothing for data to arrive. But each immediate and message takes a
   receive that was posted for it, and waits until there is one.
 - **Completions** come in each lane's order. Unsignalled work is done when a later signalled one is. A completed write has left
-  this side's memory; that the peer has it, only its credit tells.
-- **Failure.** What can't be carried out ends the endpoint: a completion with a status says so, and `explain` why.
+  this side's memory; that the peer has it, only its credit tells. But an endpoint that `lends` has the peer read it where it
+  is, until the peer has released it.
+- **Failure.** What can't be carried out ends the endpoint: a completion with a status says so, and `explain` why. But that the peer
+  has gone, a device may never say: Soft-RoCE repeats for ever.
 - **An end.** `drain` cancels what is outstanding; after it nothing reads from or writes to the memory.
 - **Memory** is described by (address, length, key), and no key of one peer's works on another's.
 - **Ctrl-C** can come at any moment of any call, and afterwards `last_posted` and `last_reposted` say what had happened.
@@ -20,7 +22,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 AnyRoute: TypeAlias = Any
-"""How to reach a peer: `devices.Route` or `tcp.TcpRoute`. Has `fabric`, `device`, and the `reason` why it was chosen."""
+"""How to reach a peer: a `Route`, `ShmRoute` or `TcpRoute`. Has `fabric`, `device`, and the `reason` why it was chosen."""
 
 
 @runtime_checkable
@@ -80,6 +82,8 @@ class Endpoint(Protocol):
     pd: Any
     in_ring: bool
     """Whether what the peer writes lies in the ring. Otherwise it is where it came, and the completion's `placed` says where."""
+    lends: bool
+    """Whether the peer reads what is written where it is, and goes on to do so."""
 
     @property
     def address(self) -> Any:
@@ -87,6 +91,9 @@ class Endpoint(Protocol):
 
     def connect(self, **peer: Any) -> None:
         """Connect to the peer's endpoint, by what its address said."""
+
+    def start(self) -> None:
+        """Both sides are connected; nobody polls yet."""
 
     @property
     def lanes(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Literal, TypeAlias, get_args
 
-Fabric: TypeAlias = Literal["auto", "verbs", "tcp"]
+Fabric: TypeAlias = Literal["auto", "verbs", "shm", "tcp"]
 
 VARIABLE = "RDMAXFER_FABRIC"
 DEVICE_VARIABLE = "RDMAXFER_DEVICE"
@@ -24,7 +24,7 @@ def wanted(fabric: Fabric | None, *, names_device: bool) -> Fabric:
         said = text  # type: ignore[assignment]  # looked at next
     for known in get_args(Fabric):
         if said == known:
-            if names_device and known == "tcp":
+            if names_device and known in ("tcp", "shm"):
                 raise ValueError(f"{where} does not go with a device, port or GID index: these are of RDMA devices")
             return "verbs" if names_device else known
     raise ValueError(f"{where} is none of {', '.join(map(repr, get_args(Fabric)))}")

@@ -12,7 +12,11 @@ from rdmaxfer.fabric import native, soft
 from rdmaxfer.fabric.owner import Owner
 
 if TYPE_CHECKING:
+    from rdmaxfer.fabric.shared import Shared
     from rdmaxfer.fabric.verbs import Endpoint
+
+LOOK_EVERY = 64
+"""Polls after which the sockets of shared memory are looked at, even if nobody ever waits."""
 
 
 class Poller(Owner):
@@ -32,6 +36,8 @@ class Poller(Owner):
         self._max = max_completions
         self._native: _Native | None = None
         """As long as no endpoint is a device's, nothing is needed of libibverbs."""
+        self._shared: Shared | None = None
+        """As long as no endpoint is in shared memory, nothing is needed of that."""
         self._endpoints: tuple[Any, ...] = ()
         self._soft: tuple[tuple[int, soft.Endpoint], ...] = ()
         self._taken: list[soft.Completion] = []
@@ -60,6 +66,13 @@ class Poller(Owner):
         assert all(index >= len(hard) for index, _ in self._soft), "endpoints in software come last"
         for _, endpoint in self._soft:
             endpoint.wake = self.wake
+        lending = [each for _, each in self._soft if each.lends]
+        if lending and self._shared is None:
+            from rdmaxfer.fabric.shared import Shared
+
+            self._shared = Shared(self, self._wake_fd)
+        if self._shared is not None:
+            self._shared.watch(lending)
         self._endpoints = watched
 
     @property
@@ -95,6 +108,8 @@ class Poller(Owner):
         if self._native is not None:
             self._native.poll(self.turn)
         if self._soft:
+            if self._shared is not None and self.turn % LOOK_EVERY == 0:
+                self._shared.look()
             self._take()
         return self.count
 
@@ -107,8 +122,17 @@ class Poller(Owner):
             self._take()
             if self._taken:
                 timeout_s = 0.0
+        shared = self._shared
         if self._native is not None and self._native.watched:
-            self._native.wait(self.turn, self._wake_fd, spin_s, timeout_s)
+            if shared is None:
+                self._native.wait(self.turn, self._wake_fd, spin_s, timeout_s)
+            else:
+                self._native.wait(self.turn, shared.fd, spin_s, shared.prepare(timeout_s))
+                shared.wait(0.0, 0.0)
+                self._take()
+        elif shared is not None:
+            shared.wait(spin_s, timeout_s)
+            self._take()
         elif self._sleep.poll(None if timeout_s is None else max(0.0, timeout_s * 1000)):
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._wake_fd)
@@ -121,6 +145,7 @@ class Poller(Owner):
             done = endpoint.done
             while done and done[0].handled:
                 done.popleft()
+            endpoint.gather()
             for number in range(min(len(done), self._max)):
                 completion = done[number]
                 completion.index = index

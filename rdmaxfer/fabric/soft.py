@@ -41,6 +41,7 @@ class Completion:
             "index",
             "is_recv",
             "lane",
+            "ordinal",
             "placed",
             "status",
             "vendor_err",
@@ -57,6 +58,7 @@ class Completion:
         byte_len: int = 0,
         imm: int | None = None,
         placed: tuple[bytes, memoryview] | None = None,
+        ordinal: int = 0,
     ) -> None:
         self.wr_id = wr_id
         self.status = status
@@ -70,6 +72,8 @@ class Completion:
         self.handled = False
         self.placed = placed
         """The frame's header, and where its payload is, if it was not put into the ring."""
+        self.ordinal = ordinal
+        """Its number among those of its direction, if that is told."""
 
 
 class Mailbox(Generic[T]):
@@ -93,8 +97,15 @@ class Mailbox(Generic[T]):
         with self._mutex:
             return self._taken + len(self._items)
 
+    @property
+    def taken(self) -> int:
+        return self._taken
+
     def first(self) -> T:
         return self._items[0]
+
+    def peek(self, index: int) -> T:
+        return self._items[index]
 
     def take(self) -> T:
         with self._mutex:
@@ -201,6 +212,7 @@ class Endpoint(Owner):
 
     lanes = 1
     in_ring = False
+    lends = False
 
     def __init__(self, pd: ProtectionDomain, *, recv_depth: int) -> None:
         super().__init__(pd)
@@ -261,6 +273,12 @@ class Endpoint(Owner):
 
     def recv_payload(self, wr_id: int, nbytes: int) -> bytes:
         return self._messages[wr_id]
+
+    def start(self) -> None:
+        """Both sides are connected."""
+
+    def gather(self) -> None:
+        """Called before `done` is looked at: append to it what nobody else does."""
 
     # --- for the service -----------------------------------------------------------------------------------------------
 

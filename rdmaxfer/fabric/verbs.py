@@ -214,6 +214,7 @@ class Endpoint(Owner):
     """
 
     in_ring = True
+    lends = False
 
     def __init__(
         self,
@@ -310,6 +311,9 @@ class Endpoint(Owner):
             self._check(self._lib.rx_ep_to_rts(self._ep, lane, retry, self._error))
         self.lanes = len(queue_pairs)
         self._max_msg_sz = min(self.route.max_msg_sz, max_msg_sz or self.route.max_msg_sz)
+
+    def start(self) -> None:
+        """Nothing is left to be done: receives are posted."""
 
     # --- posting ---
 

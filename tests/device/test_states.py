@@ -48,7 +48,7 @@ def test_both_sides_hear_of_each_other(bind: str) -> None:
             assert tx_log.changes[0].peer == rx.name
             assert rx_log.changes[0].peer == tx.name
             assert tx_log.changes[0].fabric == FABRIC
-            assert ("GID" if FABRIC == "verbs" else "TCP") in tx_log.changes[0].reason
+            assert {"verbs": "GID", "tcp": "TCP", "shm": "memory"}[FABRIC] in tx_log.changes[0].reason
             tx.push(picture(1), timeout=TIMEOUT_S)
             with rx.recv(timeout=TIMEOUT_S) as frame:
                 assert frame.peer == rx_log.changes[0].peer
