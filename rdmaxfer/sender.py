@@ -829,6 +829,7 @@ class Sender(Node[SendLink, SendStream]):
         self._dropped_before += stream.dropped
         self._drops += stream.take_drops()
         stream.end()
+        self._pool.forget_lent()
 
     def _say_goodbye(self, deadline: Deadline) -> None:
         """Wait until the devices of all receivers have confirmed every frame, then say goodbye in band, after the last of them."""
@@ -881,6 +882,11 @@ class Sender(Node[SendLink, SendStream]):
             PeerLost(text, unreleased=numbers, fix="flush() before close(), or give close() more time.")
         )
         stream.pending.clear()
+
+    def retire(self, link: SendLink) -> None:
+        super().retire(link)
+        with self._lock:
+            self._pool.forget_lent()
 
     def _free_memory(self) -> None:
         with self._lock:

@@ -126,8 +126,7 @@ class StagingPool:
         """A slot of at least `nbytes`, held by `holder`; None while all are in use."""
         slot = self._pop()
         if slot is None and len(self._all) >= self.limit:
-            for lent in [slot for slot in self._all if slot.lent and slot.free]:
-                self.forget(lent)
+            self.forget_lent()
             slot = next((slot for slot in self._all if slot.free), None)  # Ctrl-C behind a _pop lost it
             if slot is None and len(self._all) >= self.limit:
                 return None
@@ -157,6 +156,11 @@ class StagingPool:
                     return use.slot
                 self.forget(use.slot)
         return None
+
+    def forget_lent(self) -> None:
+        """Let go of what may still be read by a peer, and by nobody else."""
+        for lent in [slot for slot in self._all if slot.lent and slot.free]:
+            self.forget(lent)
 
     def forget(self, slot: Source) -> None:
         """This slot can't be registered: make another one next time."""
