@@ -34,7 +34,7 @@ from rdmaxfer.errors import (
     VerbsError,
     VerbsUnavailable,
 )
-from rdmaxfer.fabric.choice import Fabric, wanted
+from rdmaxfer.fabric.choice import NAMES, Fabric, wanted
 from rdmaxfer.fabric.route import gid_to_ip
 from rdmaxfer.handshake import Acceptor, Connector, NewStream
 from rdmaxfer.link import Link, LinkState
@@ -418,7 +418,7 @@ class Node(Generic[L, S]):
 
         if self._fabric in ("verbs", "tcp"):
             raise NoDevice(
-                f"the side that connects offers shared memory, and this one takes part over {self._fabric} only.",
+                f"the side that connects offers shared memory, and this one takes part over {NAMES[self._fabric]} only.",
                 fix=f'fabric="{self._fabric}" or "auto" on both sides.',
             )
         why = shm.problem()
@@ -453,7 +453,7 @@ class Node(Generic[L, S]):
             return TcpRoute(host, bound=True, reason="the side that connects asked for TCP")
         if self._fabric in ("tcp", "shm"):
             raise NoDevice(
-                f"the side that connects offers verbs, and this one takes part over {self._fabric} only.",
+                f"the side that connects offers verbs, and this one takes part over {NAMES[self._fabric]} only.",
                 fix=f'fabric="{self._fabric}" or "auto" on both sides.',
             )
         peer = str(gid_to_ip(theirs.gid)) if theirs.link_layer == "ethernet" else None

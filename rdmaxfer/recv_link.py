@@ -213,8 +213,10 @@ class RecvLink(Link):
         """Make frames of what has arrived, as far as there is no gap."""
         ring = self.ring
         while (arrival := self._arrivals[ring.received % ring.slots]) and arrival.position == ring.received:
+            index = ring.received % ring.slots
             try:
                 self._take(arrival)
+                self._arrivals[index] = None  # it refers to memory that did not come to the ring
             except RdmaxferError:
                 self._arrivals = [None] * ring.slots  # the end of this link: nothing behind it is taken
                 raise

@@ -5,7 +5,8 @@
 #   scripts/test.sh [--soak] [options of pytest]
 #
 #   host    tests/unit, tests/fuzz and tests/local: no device
-#   tcp     tests of what every fabric must do, over TCP: no device
+#   shm     tests of what every fabric must do, by shared memory: no device
+#   tcp     the same over TCP
 #   device  every test marked "rdma", on a real device of this machine where there is one; else in
 #   uml     ... a User Mode Linux guest with Soft-RoCE, at this machine's speed (scripts/softroce_uml.sh), and
 #   vm      ... those also marked "smoke" on the distribution's own kernel in a virtual machine (scripts/softroce_vm.sh), and
@@ -35,9 +36,9 @@ soak=
 if [[ ${1:-} == --soak ]]; then soak=1; shift; fi
 
 if [[ -n ${STAGES:-} ]]; then read -r -a stages <<<"$STAGES"
-elif active_device >/dev/null; then stages=(host tcp device)
+elif active_device >/dev/null; then stages=(host shm tcp device)
 elif [[ -n $soak ]]; then stages=(host uml nodes)
-else stages=(host tcp uml vm nodes); fi
+else stages=(host shm tcp uml vm nodes); fi
 has_stage() { [[ " ${stages[*]} " == *" $1 "* ]]; }
 
 results=$(mktemp -d)
@@ -89,7 +90,8 @@ fi
 run_stage() {
   case $1 in
     host) "${pytest[@]}" "${host_tests[@]}" -m "not rdma$only" --junitxml="$results/host.xml" "${arguments[@]}" ;;
-    tcp) RDMAXFER_FABRIC=tcp "${pytest[@]}" "${fabric_tests[@]}" -m "fabric$only" --junitxml="$results/tcp.xml" "${arguments[@]}" ;;
+    shm | tcp)
+      RDMAXFER_FABRIC=$1 "${pytest[@]}" "${fabric_tests[@]}" -m "fabric$only" --junitxml="$results/$1.xml" "${arguments[@]}" ;;
     device) RDMAXFER_TEST_DEVICE=1 "${pytest[@]}" "${device_tests[@]}" -m "rdma$only" --junitxml="$results/device.xml" "${arguments[@]}" ;;
     uml)
       wait "$uml_ready" || { say "the User Mode Linux kernel is not there (see above)"; return 1; }
@@ -134,7 +136,7 @@ for stage in "${stages[@]}"; do
   if ((ran == 0)); then verdict="FAILED: no test ran"; fi
   [[ $verdict == passed ]] || failed+=("$stage")
   kind="tests"
-  case $stage in host | tcp) ;; *) kind="rdma tests" ;; esac
+  case $stage in host | shm | tcp) ;; *) kind="rdma tests" ;; esac
   summary+=("$(printf '%-7s %4d %-10s ran, %d failed, %d skipped, %d s: %s' "$stage" "$ran" "$kind" "$bad" "$skipped" $((SECONDS - start)) "$verdict")")
 done
 

@@ -1,8 +1,8 @@
 """Tests in device/ and faults/ need a verbs device, real or software (scripts/setup_softroce.sh, scripts/softroce_vm.sh).
 
 They run when asked for: `pytest -m rdma`, or RDMAXFER_TEST_DEVICE=1 in the environment. Then a missing device is a
-failure. RDMAXFER_DEVICE names the device to use. With RDMAXFER_FABRIC=tcp they need none, and run over that fabric, but for those
-that are marked `verbs`. Tests marked `soak` run only with RDMAXFER_SOAK=1 (soak.py).
+failure. RDMAXFER_DEVICE names the device to use. With RDMAXFER_FABRIC=shm or tcp they need none, and run
+over that fabric, but for those that are marked `verbs`. Tests marked `soak` run only with RDMAXFER_SOAK=1 (soak.py).
 """
 
 from __future__ import annotations

@@ -35,7 +35,8 @@ def add_fabric_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fabric",
         choices=get_args(Fabric),
-        help="what carries the frames: verbs (RDMA), tcp, or auto, verbs where both sides can [RDMAXFER_FABRIC, or auto]",
+        help="what carries the frames: verbs (RDMA), shm (shared memory, within one machine), tcp, or auto: the first of shm, "
+        "verbs and tcp that both sides can do [RDMAXFER_FABRIC, or auto]",
     )
 
 

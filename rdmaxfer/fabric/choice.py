@@ -7,6 +7,8 @@ from typing import Literal, TypeAlias, get_args
 
 Fabric: TypeAlias = Literal["auto", "verbs", "shm", "tcp"]
 
+NAMES = {"verbs": "verbs", "shm": "shared memory", "tcp": "TCP"}
+
 VARIABLE = "RDMAXFER_FABRIC"
 DEVICE_VARIABLE = "RDMAXFER_DEVICE"
 

@@ -511,10 +511,7 @@ class ShmEndpoint(soft.Endpoint):
         except BlockingIOError:
             return False
         except OSError as error:
-            if error.errno == _ETOOMANYREFS:
-                return False
-            # The peer is gone; `look` will say so.
-            return True
+            return error.errno != _ETOOMANYREFS  # with any other, the peer is gone, and `look` will say so
         return True
 
     def forget(self, number: int) -> None:
@@ -685,6 +682,7 @@ class ShmEndpoint(soft.Endpoint):
         self._eventfds = []
         self._queues = None
         self._segments.clear()
+        self.done.clear()  # they refer to segments, too
 
 
 _ETOOMANYREFS: Final = 109

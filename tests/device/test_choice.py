@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator
 
 import pytest
-from helpers import TIMEOUT_S, check_frames, wait_until
+from helpers import TIMEOUT_S, check_frames, picture, wait_until
 
 import rdmaxfer
 
@@ -41,10 +42,25 @@ def connected(bind: str, bound: str | None, connecting: str | None) -> Iterator[
 
 
 @BINDS
-def test_verbs_where_both_sides_can(bind: str) -> None:
+def test_shared_memory_within_one_machine(bind: str) -> None:
     with connected(bind, None, None) as told:
+        assert {change.fabric for change in told} == {"shm"}
+        assert any("127.0.0.1 is this machine" in change.reason for change in told)
+
+
+@BINDS
+@pytest.mark.parametrize(("bound", "connecting"), [(None, "verbs"), ("verbs", None)])
+def test_verbs_where_one_side_wants_it_and_both_can(bind: str, bound: str | None, connecting: str | None) -> None:
+    with connected(bind, bound, connecting) as told:
         assert {change.fabric for change in told} == {"verbs"}
         assert all("GID" in change.reason for change in told)
+
+
+@BINDS
+def test_verbs_where_both_can_and_are_not_one_user_of_one_machine(bind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rdmaxfer.fabric.shm.host_id", lambda: os.urandom(16))  # never the same
+    with connected(bind, None, None) as told:
+        assert {change.fabric for change in told} == {"verbs"}
 
 
 @BINDS
@@ -63,10 +79,13 @@ def test_what_is_asked_for_is_not_a_surprise(bind: str, caplog: pytest.LogCaptur
 
 
 @BINDS
-@pytest.mark.parametrize(("bound", "connecting"), [("tcp", "verbs"), ("verbs", "tcp")])
+@pytest.mark.parametrize(
+    ("bound", "connecting"),
+    [("tcp", "verbs"), ("verbs", "tcp"), ("shm", "verbs"), ("shm", "tcp"), ("verbs", "shm"), ("tcp", "shm")],
+)
 def test_who_insists_is_refused(bind: str, bound: str, connecting: str) -> None:
     with (
-        pytest.raises(rdmaxfer.Refused, match=r"takes part over (TCP|verbs) only") as caught,
+        pytest.raises(rdmaxfer.Refused, match=r"takes part over (TCP|verbs|shared memory) only") as caught,
         connected(bind, bound, connecting),
     ):
         pass
@@ -79,16 +98,37 @@ def test_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
         assert {change.fabric for change in told} == {"tcp"}
 
 
-def test_one_receiver_takes_frames_by_both() -> None:
-    with (
-        rdmaxfer.Receiver() as rx,
-        rdmaxfer.Sender(fabric="tcp") as by_tcp,
-        rdmaxfer.Sender(fabric="verbs") as by_verbs,
-    ):
+FABRICS = ("verbs", "tcp", "shm")
+
+
+def test_one_receiver_takes_frames_by_all() -> None:
+    with contextlib.ExitStack() as stack:
+        rx = stack.enter_context(rdmaxfer.Receiver())
         endpoint = rx.bind("tcp://127.0.0.1:*")
-        for tx in (by_tcp, by_verbs):
+        senders = [stack.enter_context(rdmaxfer.Sender(fabric=fabric)) for fabric in FABRICS]
+        for tx in senders:
             tx.connect(endpoint, timeout=TIMEOUT_S)
             check_frames(tx, rx)
-        for tx in (by_tcp, by_verbs, by_tcp):
+        assert sorted(link.fabric for link in rx.links()) == sorted(FABRICS)
+        for tx in [*senders, *senders]:
             check_frames(tx, rx)
             tx.flush(timeout=TIMEOUT_S)
+
+
+def test_one_sender_reaches_receivers_by_all() -> None:
+    with contextlib.ExitStack() as stack:
+        tx = stack.enter_context(rdmaxfer.Sender())
+        endpoint = tx.bind("tcp://127.0.0.1:*")
+        receivers = [stack.enter_context(rdmaxfer.Receiver(fabric=fabric)) for fabric in FABRICS]
+        for rx in receivers:
+            rx.connect(endpoint, timeout=TIMEOUT_S)
+        tx.wait_for_peers(len(FABRICS), timeout=TIMEOUT_S)
+        for seed in range(40):
+            tx.push(picture(seed), timeout=TIMEOUT_S)
+            with tx.reserve(picture(seed).shape, timeout=TIMEOUT_S) as slot:
+                slot.array[...] = picture(seed + 1)
+            for rx in receivers:
+                for each in (seed, seed + 1):
+                    with rx.recv(timeout=TIMEOUT_S) as frame:
+                        assert frame.array.tobytes() == picture(each).tobytes()
+        tx.flush(timeout=TIMEOUT_S)

@@ -37,7 +37,7 @@ def test_a_device_of_the_environment_means_verbs_unless_a_fabric_is_named(monkey
 
 
 def test_what_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="fabric='udp' is none of 'auto', 'verbs', 'tcp'"):
+    with pytest.raises(ValueError, match="fabric='udp' is none of 'auto', 'verbs', 'shm', 'tcp'"):
         rdmaxfer.Sender(fabric="udp")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="does not go with a device"):
         rdmaxfer.Receiver(fabric="tcp", device="rxe0")
