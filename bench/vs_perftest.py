@@ -63,9 +63,13 @@ def receive(args: argparse.Namespace) -> None:
     """The other process: takes frames, and sends each back for latency."""
     with (
         rdmaxfer.Receiver(
-            slots=args.slots, slot_bytes=args.size, queue_pairs=args.queue_pairs, spin_s=args.spin
+            fabric="verbs",
+            slots=args.slots,
+            slot_bytes=args.size,
+            queue_pairs=args.queue_pairs,
+            spin_s=args.spin,
         ) as receiver,
-        rdmaxfer.Sender(slots=args.slots, queue_pairs=args.queue_pairs, spin_s=args.spin) as back,
+        rdmaxfer.Sender(fabric="verbs", slots=args.slots, queue_pairs=args.queue_pairs, spin_s=args.spin) as back,
     ):
         print(receiver.bind("tcp://127.0.0.1:*"), back.bind("tcp://127.0.0.1:*"), flush=True)
         echo = np.zeros(args.size, np.uint8)
@@ -91,9 +95,15 @@ def ours(args: argparse.Namespace, kind: str, size: int, count: int) -> dict[str
     try:
         there, back = peer.stdout.readline().split()
         with (
-            rdmaxfer.Sender(slots=args.slots, queue_pairs=args.queue_pairs, spin_s=args.sender_spin) as sender,
+            rdmaxfer.Sender(
+                fabric="verbs", slots=args.slots, queue_pairs=args.queue_pairs, spin_s=args.sender_spin
+            ) as sender,
             rdmaxfer.Receiver(
-                slots=args.slots, slot_bytes=size, queue_pairs=args.queue_pairs, spin_s=args.receiver_spin
+                fabric="verbs",
+                slots=args.slots,
+                slot_bytes=size,
+                queue_pairs=args.queue_pairs,
+                spin_s=args.receiver_spin,
             ) as receiver,
         ):
             sender.connect(there)

@@ -1,5 +1,5 @@
-"""Two ends of a connection by the words of `rdmaxfer.fabric.base`, over whatever fabric a run is about. As a program: one end, which
-says its address, reads that of the other, and says what arrives, until it is killed.
+"""Two ends of a connection by the words of `rdmaxfer.fabric.base`, over whatever fabric a run is about. As a program: one end,
+which says its address, reads that of the other, and says what arrives, until it is killed.
 """
 
 from __future__ import annotations
