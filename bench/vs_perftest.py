@@ -75,21 +75,27 @@ def receive(args: argparse.Namespace) -> None:
         echo = np.zeros(args.size, np.uint8)
         with back.register(echo):
             cpu = 0.0
-            for number in range(args.count + args.warm_up):
-                if number == args.warm_up:
+            number = 0
+            while number < args.count + args.warm_up:
+                if number <= args.warm_up:
                     cpu = cpu_s()
-                with receiver.recv():
+                for frame in receiver.recv_many(args.batch):
                     if args.kind == "lat":
                         back.push(echo)
+                    frame.release()
+                    number += 1
             print(json.dumps({"cpu_s": cpu_s() - cpu}), flush=True)
             sys.stdin.readline()
 
 
 def ours(args: argparse.Namespace, kind: str, size: int, count: int) -> dict[str, float]:
-    warm_up = max(20, int(count * WARM_UP))
+    warm_up = -(-max(20, int(count * WARM_UP)) // args.batch) * args.batch
+    count = -(-count // args.batch) * args.batch
     command = [sys.executable, __file__, "receive", "--kind", kind, "--size", str(size), "--count", str(count)]
-    command += ["--warm-up", str(warm_up), "--slots", str(args.slots), "--spin", str(args.receiver_spin)]
-    command += ["--queue-pairs", str(args.queue_pairs)]
+    command += ["--warm-up", str(warm_up), "--slots", str(args.slots), "--queue-pairs", str(args.queue_pairs)]
+    command += ["--batch", str(args.batch if kind == "bw" else 1)]
+    if args.receiver_spin is not None:
+        command += ["--spin", str(args.receiver_spin)]
     peer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert peer.stdout is not None
     try:
@@ -115,16 +121,22 @@ def ours(args: argparse.Namespace, kind: str, size: int, count: int) -> dict[str
                 def step(i: int) -> None:
                     sender.push(sources[0])
                     receiver.recv().release()
+            elif args.batch > 1:
+                rows = [sources[i : i + args.batch] for i in range(0, args.slots, args.batch)]
+
+                def step(i: int) -> None:
+                    sender.push_many(rows[i // args.batch % len(rows)])
             else:
 
                 def step(i: int) -> None:
                     sender.push(sources[i % args.slots])
 
-            for i in range(warm_up):
+            stride = args.batch if kind == "bw" else 1
+            for i in range(0, warm_up, stride):
                 step(i)
             sender.flush(timeout=60)
             cpu, began = cpu_s(), time.perf_counter()
-            for i in range(count):
+            for i in range(0, count, stride):
                 step(i)
             sender.flush(timeout=60)
             elapsed, cpu = time.perf_counter() - began, cpu_s() - cpu
@@ -229,15 +241,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="alternating rounds for each size (default 5)")
     parser.add_argument("--slots", type=int, default=16, help="depth: slots, and perftest's work requests (default 16)")
     parser.add_argument("--queue-pairs", type=int, default=2, help="of each connection of rdmaxfer (default 2)")
-    parser.add_argument("--sender-spin", type=float, default=0.0, help="spin_s of the sending process (default 0)")
-    parser.add_argument("--receiver-spin", type=float, default=0.0, help="spin_s of the receiving process (default 0)")
+    parser.add_argument("--sender-spin", type=float, help="spin_s of the sending process (default: as it sees fit)")
+    parser.add_argument("--receiver-spin", type=float, help="spin_s of the receiving process (default: as it sees fit)")
+    parser.add_argument(
+        "--batch",
+        type=int,
+        default=1,
+        help="frames a call, for bandwidth: push_many, recv_many (default 1: push, recv)",
+    )
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="payload bytes")
     parser.add_argument("--kinds", nargs="+", choices=["bw", "lat"], default=["bw", "lat"])
     parser.add_argument("--cpus", nargs="+", choices=["shared", "split"], default=["shared", "split"], help="see above")
     parser.add_argument("--scale", type=float, default=1.0, help="times the usual number of frames a round")
     parser.add_argument("--json", action="store_true", help="print the rounds as JSON, too")
     args = parser.parse_args()
-    for name in ("slots", "queue_pairs"):
+    for name in ("slots", "queue_pairs", "batch"):
         value = getattr(args, name)
         if value < 1 or value & (value - 1):
             parser.error(f"--{name.replace('_', '-')} must be a power of two: perftest aligns its ring to its size")
@@ -259,7 +277,8 @@ def main() -> None:
     args.device, args.gid_index, args.tcp_port = route.device, route.gid_index, 18515
     print(
         f"device {route.device}, GID {route.gid_index}, MTU {route.active_mtu}, {os.cpu_count()} CPUs, depth {args.slots}, "
-        f"{args.queue_pairs} queue pairs, {args.rounds} rounds, spin_s {args.sender_spin} and {args.receiver_spin}"
+        f"{args.queue_pairs} queue pairs, {args.rounds} rounds, spin_s {args.sender_spin} and {args.receiver_spin}, "
+        f"batches of {args.batch}"
     )
     print(
         f"{'':>10} {'CPUs':>6} {'bytes':>8} {'rdmaxfer':>9} {'perftest':>9} {'ratio':>6} "
@@ -312,7 +331,7 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["receive"]:
         child = argparse.ArgumentParser()
         child.add_argument("--kind")
-        for name in ("--size", "--count", "--warm-up", "--slots", "--queue-pairs"):
+        for name in ("--size", "--count", "--warm-up", "--slots", "--queue-pairs", "--batch"):
             child.add_argument(name, type=int)
         child.add_argument("--spin", type=float)
         receive(child.parse_args(sys.argv[2:]))

@@ -13,6 +13,8 @@ class RdmaxferError(Exception):
     def __init__(self, message: str, *, fix: str = "") -> None:
         super().__init__(f"{message} Fix: {fix}" if fix else message)
         self.fix = fix
+        self.pushed: tuple[int, ...] = ()
+        """What `Sender.push_many` had sent before: sequence numbers."""
 
 
 # --- the caller's side -------------------------------------------------------------------------------------------------

@@ -148,7 +148,7 @@ class Node(Generic[L, S]):
         slot_bytes: int,
         queue_pairs: int,
         max_peers: int,
-        spin_s: float,
+        spin_s: float | None,
         lease_s: float,
         reconnect: bool,
         reconnect_s: float,
@@ -166,8 +166,8 @@ class Node(Generic[L, S]):
             raise ValueError(f"max_peers is a number of at least 1, not {max_peers!r}")
         if not 0.2 <= lease_s <= messages.MAX_LEASE_S:
             raise ValueError(f"lease_s is a number of seconds from 0.2 to {messages.MAX_LEASE_S:.0f}, not {lease_s!r}")
-        if not 0 <= spin_s <= 1:
-            raise ValueError(f"spin_s is a number of seconds from 0 to 1, not {spin_s!r}")
+        if spin_s is not None and not 0 <= spin_s <= 1:
+            raise ValueError(f"spin_s is a number of seconds from 0 to 1, or None, not {spin_s!r}")
         if not 0 <= reconnect_s <= messages.MAX_RECONNECT_S:
             raise ValueError(
                 f"reconnect_s is a number of seconds from 0 to {messages.MAX_RECONNECT_S:.0f}, not {reconnect_s!r}"

@@ -42,6 +42,8 @@ GOODBYE_S = 1.0
 RESIZE_PATIENCE_S = 0.05
 """How long a sender that asks for larger slots is kept waiting, before it is told to ask again."""
 
+RELEASED_TOGETHER = 4
+"""One part in so many of a ring may be released without being counted at once."""
 CREDIT_S = 0.05
 """How long credit for a few slots is kept back, at the least, when the sender has not asked for it."""
 
@@ -98,8 +100,9 @@ class Receiver(Node[RecvLink, RecvStream]):
       device: name of the RDMA device, e.g. "rxe0"; by default the one whose GID matches the route to the peer, or the
         environment's RDMAXFER_DEVICE.
       port, gid_index: which port and GID of the device; found by default.
-      fabric: what carries the frames: "verbs" (RDMA), "tcp", or "auto" (the default, unless RDMAXFER_FABRIC says something else):
-        verbs if both sides can, and TCP else, with a line in the log. Who names a device wants verbs.
+      fabric: what carries the frames: "verbs" (RDMA), "shm" (shared memory), "tcp", or "auto" (the default, unless RDMAXFER_FABRIC
+        says something else): shared memory between processes of one user on one machine, else verbs if both sides can, and TCP
+        else, with a line in the log. Who names a device wants verbs.
       slots: frames that may be on their way or held at a time, for each sender.
       slot_bytes: payload bytes a slot begins with; it grows when a larger frame comes.
       max_frame_bytes: the largest frame accepted. A sender can make this receiver register up to slots * max_frame_bytes.
@@ -109,7 +112,8 @@ class Receiver(Node[RecvLink, RecvStream]):
         is connected; copies can't be changed by anybody. For senders that you don't trust.
       queue_pairs: queue pairs of each connection (1 to 8), over which its frames take turns; the smaller wish of the two sides
         counts. Two keep more of a device or of Soft-RoCE busy than one.
-      spin_s: seconds to poll busily before a wait sleeps. Lowers latency when a core is to spare.
+      spin_s: seconds to poll busily before a wait sleeps; 0: never. By default, as long as that is rewarded: where frames come
+        within 0.3 ms. A wait for what does not come costs nothing.
       name: what a successor of this receiver, in another process, will also be called: if this one is restarted, a sender that is
         bound goes on with the frames that it has not released. Nobody else who connects to that sender may have the same name.
       lease_s: seconds without a sign of life after which a connection counts as broken.
@@ -140,7 +144,7 @@ class Receiver(Node[RecvLink, RecvStream]):
         max_peers: int = 1024,
         copy: bool = False,
         queue_pairs: int = 2,
-        spin_s: float = 0.0,
+        spin_s: float | None = None,
         name: str = "",
         lease_s: float = 5.0,
         reconnect: bool = True,
@@ -205,30 +209,50 @@ class Receiver(Node[RecvLink, RecvStream]):
         Raises TimeoutExpired; EndOfStream when every sender that this receiver connected to has said goodbye (a bound receiver
         waits for the next one); PeerLost, once, when a connection made by `connect` broke; NotConnected; ClosedError.
         """
-        entry: tuple[tuple[int, int], Frame] | None = None
+        return self._recv(1, timeout)[0]
+
+    def recv_many(self, max_frames: int, timeout: float | None = None) -> list[Frame]:
+        """The next frame, and those behind it that have arrived, up to `max_frames`: as `recv`, with less work for each.
+
+        Raises as `recv` does.
+        """
+        if max_frames < 1:
+            raise ValueError(f"max_frames is a number of at least 1, not {max_frames!r}")
+        return self._recv(max_frames, timeout)
+
+    def _recv(self, most: int, timeout: float | None) -> list[Frame]:
+        taken: list[tuple[tuple[int, int], Frame]] = []
+        ready = self._ready
         try:
             with self._lock:
-                entry = self._waiter.wait_locked(self._next, Deadline(timeout), "waiting for a frame")
-                self._ready.popleft()
-                self._frames += 1
-                self._bytes += entry[1].nbytes
-                gap = entry[1].gap
-                if gap is not None:
-                    self._missed += gap.count
+                if ready:
+                    self._check_usable()
+                if not ready or self._next() is None:
+                    self._waiter.wait_locked(self._next, Deadline(timeout), "waiting for a frame")
+                while ready and len(taken) < most:
+                    entry = ready[0]
+                    taken.append(entry)
+                    ready.popleft()
+                    self._frames += 1
+                    self._bytes += entry[1].nbytes
+                    gap = entry[1].gap
+                    if gap is not None:
+                        self._missed += gap.count
             if self._copy:
-                try:
-                    copied = entry[1].copy()
-                except FrameReleased:
-                    self._check_usable()  # closed by another thread just now
-                    raise
-                leased, entry = entry[1], (entry[0], copied)
-                leased.release()
-            return entry[1]
+                for index, (tag, leased) in enumerate(taken):
+                    try:
+                        taken[index] = (tag, leased.copy())
+                    except FrameReleased:
+                        self._check_usable()  # closed by another thread just now
+                        raise
+                    leased.release()
+            return [frame for _, frame in taken]
         except BaseException:
-            if entry is not None:  # Ctrl-C: the frame is not lost
+            if taken:  # Ctrl-C: the frames are not lost
                 with self._lock:
-                    if all(other is not entry for other in self._ready):
-                        self._ready.appendleft(entry)
+                    for entry in reversed(taken):
+                        if all(other is not entry for other in ready):
+                            ready.appendleft(entry)
             raise
 
     def __iter__(self) -> Iterator[Frame]:
@@ -256,6 +280,8 @@ class Receiver(Node[RecvLink, RecvStream]):
     def statistics(self) -> ReceiverStatistics:
         """A snapshot of the counters."""
         with self._lock:
+            for stream in self._streams.values():
+                stream.collect()
             return ReceiverStatistics(
                 peers=len(self._links),
                 turned_away=sum(server.turned_away for server in self._servers),
@@ -286,10 +312,12 @@ class Receiver(Node[RecvLink, RecvStream]):
     def release(self, stream: RecvStream, lease: FrameLease) -> None:
         if self._forked:
             return
+        stream.abandoned.append(lease)
+        # The next call of `recv`, or the tick, gives it back along with others; unless the sender may be waiting for it.
+        if self._ticking and RELEASED_TOGETHER * len(stream.abandoned) < stream.ring.slots:
+            return
         with self._lock:
-            stream.finish(lease)
-            if stream.abandoned:
-                stream.collect()
+            stream.collect()
             if stream.link is not None and stream.link.credit_kept and not self._ticking:
                 self._tick_later()
 
@@ -434,6 +462,7 @@ class Receiver(Node[RecvLink, RecvStream]):
         return Progress(released=first, received=first)
 
     def _start(self, stream: RecvStream, hello: Hello) -> Progress:
+        stream.collect()
         return Progress(released=stream.ring.released, received=stream.ring.received)
 
     def check_start(self, link: RecvLink, told: Progress | None, accept: Accept) -> None:
@@ -510,6 +539,8 @@ class Receiver(Node[RecvLink, RecvStream]):
 
     def _say_goodbye(self, deadline: Deadline) -> None:
         with self._lock:
+            for stream in self._streams.values():
+                stream.collect()
             for link in self._links:
                 link.say_bye()
             for stream in [*self._streams.values(), *self._draining]:

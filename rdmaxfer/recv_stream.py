@@ -58,6 +58,7 @@ class RecvStream(Stream[RecvLink]):
         return stream
 
     def progress(self) -> Progress | None:
+        self.collect()
         if not self.waits:
             return None  # the first connection
         return Progress(released=self.ring.released, received=self.ring.received)

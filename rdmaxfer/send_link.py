@@ -209,6 +209,17 @@ class SendLink(Link):
     def _broke(self, error: RdmaxferError) -> None:
         self.fail(PeerLost(f"the connection with {self.peer} broke: {error}"))
 
+    def cork(self) -> None:
+        """Several frames are about to be pushed: post them together."""
+        self.endpoint.cork()
+
+    def uncork(self) -> None:
+        """They were. Harmless to repeat."""
+        try:
+            self.endpoint.uncork()
+        except DeviceError as error:
+            self._broke(error)
+
     def fence(self) -> None:
         """Make sure that the completion of everything posted so far will be seen: an empty, signalled WRITE ends each queue."""
         for lane in self._lanes:

@@ -10,9 +10,9 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -56,6 +56,9 @@ ATTENDED_WATCH_S = 1.0
 """... and if somebody does."""
 
 log = logging.getLogger("rdmaxfer")
+
+BATCH = 16
+"""Frames that `push_many` posts at once at the most."""
 
 GOODBYE_S = 1.0
 """How long `close` waits for the receivers' devices to confirm BYE."""
@@ -117,7 +120,8 @@ class Sender(Node[SendLink, SendStream]):
       max_peers: receivers that may be connected to each endpoint bound here.
       queue_pairs: queue pairs of each connection (1 to 8), over which its frames take turns; the smaller wish of the two sides
         counts. Two keep more of a device or of Soft-RoCE busy than one.
-      spin_s: seconds to poll busily before a wait sleeps. Lowers latency when a core is to spare.
+      spin_s: seconds to poll busily before a wait sleeps; 0: never. By default, as long as that is rewarded: where frames or credit
+        come within 0.3 ms. A wait for what does not come costs nothing.
       distribute: "all", each frame to every receiver, or "balance", each to one: to the one that can take the most.
       lease_s: seconds without a sign of life after which a connection counts as broken.
       reconnect, reconnect_s: whether, and for how many seconds, to hold the frames of a receiver whose connection broke, and to
@@ -144,7 +148,7 @@ class Sender(Node[SendLink, SendStream]):
         slot_bytes: int = 0,
         max_peers: int = 1024,
         queue_pairs: int = 2,
-        spin_s: float = 0.0,
+        spin_s: float | None = None,
         distribute: Literal["all", "balance"] = "all",
         lease_s: float = 5.0,
         reconnect: bool = True,
@@ -190,6 +194,8 @@ class Sender(Node[SendLink, SendStream]):
         self._made_links: weakref.WeakSet[SendLink] = weakref.WeakSet()
         """Also those that have ended and are about to be torn down."""
         self._watching = False
+        self._corked = False
+        """Whether frames are being posted together."""
         self._pumping: threading.Thread | None = None
 
     # --- connections -----------------------------------------------------------------------------------------------------
@@ -251,8 +257,7 @@ class Sender(Node[SendLink, SendStream]):
         anybody), UnsupportedDtype, FrameTooLarge, FrameError, PeerLost (once, when a receiver was given up), NotConnected,
         ClosedError.
         """
-        # numpy takes bytes for text.
-        data = np.ndarray((len(array),), np.uint8, array) if isinstance(array, bytes) else np.asanyarray(array)
+        data = _as_array(array)
         kind = frame_type(data.shape, data.dtype)
         packed = encode_metadata(metadata) if metadata else b""
         captured_ns = _nanoseconds(captured_ns)
@@ -260,7 +265,7 @@ class Sender(Node[SendLink, SendStream]):
         holder = Holder()
         # What other processes are to read where it is has to lie in memory that can be shared: a copy, if it is not from `reserve`.
         if self._registrations and not self._pool.shared and data.flags.c_contiguous and data.nbytes:
-            address = data.__array_interface__["data"][0]
+            address = _address(data)
             with self._lock:
                 source = self._registered(address, data.nbytes)
                 if source is not None:
@@ -279,6 +284,130 @@ class Sender(Node[SendLink, SendStream]):
         finally:
             if not holder.sent:
                 self._discard_staged(staging, holder)
+
+    def push_many(
+        self,
+        arrays: Iterable[npt.ArrayLike],
+        *,
+        metadata: Mapping[str, Any] | None = None,
+        captured_ns: int | None = None,
+        timeout: float | None = None,
+    ) -> list[int]:
+        """Send each of several arrays as a frame, as `push` does, with less work for each; returns their sequence numbers.
+
+        `metadata` and `captured_ns` go with all of them, `timeout` is for all together. Raises as `push` does; then those before
+        the one it is about were sent, and `error.pushed` has their numbers.
+        """
+        packed = encode_metadata(metadata) if metadata else b""
+        captured_ns = _nanoseconds(captured_ns)
+        deadline = Deadline(timeout)
+        pushed: list[int] = []
+        batch: list[_Prepared] = []
+        try:
+            try:
+                for array in arrays:
+                    prepared = self._prepare(array, batch, pushed, packed, captured_ns, deadline)
+                    batch.append(prepared)
+                    if len(batch) >= BATCH:
+                        self._push_batch(batch, pushed, packed, captured_ns, deadline)
+            finally:  # what was handed over before an array that can't be sent
+                self._push_batch(batch, pushed, packed, captured_ns, deadline)
+        except RdmaxferError as error:
+            error.pushed = tuple(pushed)
+            raise
+        finally:
+            for each in batch:
+                if each.staging is not None:
+                    self._discard_staged(each.staging, each.holder)
+        return pushed
+
+    def _prepare(
+        self,
+        array: npt.ArrayLike,
+        batch: list[_Prepared],
+        pushed: list[int],
+        metadata: bytes,
+        captured_ns: int,
+        deadline: Deadline,
+    ) -> _Prepared:
+        """Get an array ready to be sent. If there is no staging memory, `batch` goes first, as it has some."""
+        data = _as_array(array)
+        kind = frame_type(data.shape, data.dtype)
+        holder = Holder()
+        if self._is_registered(data):
+            return _Prepared(kind, data, None, holder)
+        with self._lock:
+            self._check_usable()
+            self._check_size(kind.payload_bytes)
+            staging = self._free_slot(kind.payload_bytes, holder)
+        if staging is None:
+            self._push_batch(batch, pushed, metadata, captured_ns, deadline)
+            staging = self._stage(kind, holder, deadline)
+        try:
+            _copy(data, staging)
+        except BaseException:
+            self._discard_staged(staging, holder)
+            raise
+        return _Prepared(kind, data, staging, holder)
+
+    def _is_registered(self, data: np.ndarray[Any, Any]) -> bool:
+        # What other processes are to read where it is has to lie in memory that can be shared: a copy, if it is not from `reserve`.
+        if not self._registrations or self._pool.shared or not data.flags.c_contiguous or not data.nbytes:
+            return False
+        with self._lock:
+            return self._registered(_address(data), data.nbytes) is not None
+
+    def _push_batch(
+        self, batch: list[_Prepared], pushed: list[int], metadata: bytes, captured_ns: int, deadline: Deadline
+    ) -> None:
+        """Push what was prepared, in its order, and take it out of `batch`."""
+        if not batch:
+            return
+        with self._lock:
+            try:
+                self._cork()
+                while batch:
+                    kind, data, staging, holder = batch[0]
+                    source: Source | None = staging
+                    address = staging.address if staging is not None else _address(data)
+                    if staging is None:
+                        source = self._registered(address, data.nbytes)
+                        if source is None:
+                            raise FrameError("an array was unregistered while it was being pushed.")
+                        source.hold(holder)
+                    assert source is not None
+                    try:
+                        pushed.append(self._push(kind, source, address, holder, metadata, captured_ns, deadline))
+                    finally:
+                        if isinstance(source, Registration):
+                            source.let_go(holder)
+                    self._copied += staging is not None
+                    batch.pop(0)
+            finally:
+                self._uncork()
+
+    def _cork(self) -> None:
+        self._corked = True
+        for link in self._links:
+            link.cork()
+
+    def _uncork(self) -> None:
+        """Whatever comes in between: frames that were accepted are not left lying about."""
+        interrupt: KeyboardInterrupt | None = None
+        while self._corked:
+            try:
+                for link in self._links:
+                    link.uncork()
+                self._corked = False
+            except KeyboardInterrupt as error:
+                interrupt = error
+        if any(not link.live for link in self._links):
+            self._drop_ended()
+        if interrupt is not None:
+            try:
+                raise interrupt
+            finally:
+                interrupt = None
 
     def reserve(
         self,
@@ -473,6 +602,8 @@ class Sender(Node[SendLink, SendStream]):
             streams = self._takers(kind.payload_bytes)
             if streams is None:
                 self._waits += 1
+                if self._corked:
+                    self._uncork()  # else nobody would ever have room
                 what = (
                     "waiting for every receiver to have a free slot"
                     if self._streams
@@ -897,6 +1028,24 @@ class Sender(Node[SendLink, SendStream]):
             pds, self._pds = self._pds, {}
         for pd in pds.values():
             pd.close()
+
+
+class _Prepared(NamedTuple):
+    """An array that is ready to be sent: from staging memory, or (None) where it is."""
+
+    kind: FrameType
+    data: np.ndarray[Any, Any]
+    staging: StagingSlot | None
+    holder: Holder
+
+
+def _as_array(array: npt.ArrayLike) -> np.ndarray[Any, Any]:
+    # numpy takes bytes for text.
+    return np.ndarray((len(array),), np.uint8, array) if isinstance(array, bytes) else np.asanyarray(array)
+
+
+def _address(data: np.ndarray[Any, Any]) -> int:
+    return int(data.__array_interface__["data"][0])
 
 
 def _copy(data: np.ndarray[Any, Any], staging: StagingSlot) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from rdmaxfer.errors import TimeoutExpired
 from rdmaxfer.link import Link
+from rdmaxfer.spinning import Spin
 
 if TYPE_CHECKING:
     from rdmaxfer.fabric.poller import Poller
@@ -67,17 +68,18 @@ def _slice_s() -> float:
 
 
 class Waiter(Generic[L]):
-    """`lock` guards everything of the node. All methods but `wait` are called with it held, once (it is given up to sleep).
+    """`spin_s`: as that of Spin. `lock` guards everything of the node. All methods but `wait` are called with it held, once (it is
+    given up to sleep).
 
     `check` is called first by every wait, and raises if there is no use in waiting. `ended` is called when a link has ended or
     failed, to take it out of `links`.
     """
 
-    def __init__(self, spin_s: float, *, check: Callable[[], None], ended: Callable[[], None]) -> None:
+    def __init__(self, spin_s: float | None, *, check: Callable[[], None], ended: Callable[[], None]) -> None:
         # Taken by `with lock`, in C. Not by `with condition`, which is Python: Ctrl-C in between would leave it locked.
         self.lock = threading.RLock()
         self.links: list[L] = []
-        self._spin_s = spin_s
+        self._spin = Spin(spin_s)
         self._check = check
         self._ended = ended
         self._condition = threading.Condition(self.lock)
@@ -206,7 +208,9 @@ class Waiter(Generic[L]):
         self._leader = True
         try:
             self.lock.release()
-            poller.wait(self._spin_s, sleep_s)
+            spin_s = self._spin.next_s()
+            poller.wait(spin_s, sleep_s)
+            self._spin.tell(spin_s, slept=poller.slept)
         finally:
             interrupt = None
             while True:  # not in a function of its own: Ctrl-C could come as it is called

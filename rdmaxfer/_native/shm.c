@@ -4,6 +4,7 @@
 #include "shm.h"
 
 #include <errno.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
@@ -223,6 +224,7 @@ static int spin(sx_ep **eps, int n, uint64_t spin_ns) {
                 return 1;
             relax();
         }
+        sched_yield(); /* the peer may need this very CPU */
     } while (now_ns() < end);
     return 0;
 }
@@ -236,9 +238,10 @@ static int is_eventfd(sx_ep **eps, int n, int wake_fd, int fd) {
     return 0;
 }
 
-int sx_wait(sx_ep **eps, int n, int epoll_fd, int wake_fd, uint64_t spin_ns, int64_t timeout_ns, int *fds, int max) {
+int sx_wait(sx_ep **eps, int n, int epoll_fd, int wake_fd, uint64_t spin_ns, int64_t timeout_ns, int *fds, int max, int *slept) {
     struct epoll_event events[EVENTS];
     int found = 0, timeout_ms = -1;
+    *slept = 0;
     if (timeout_ns >= 0 && (uint64_t)timeout_ns < spin_ns)
         spin_ns = (uint64_t)timeout_ns;
     if (spin_ns && n && spin(eps, n, spin_ns))
@@ -249,6 +252,7 @@ int sx_wait(sx_ep **eps, int n, int epoll_fd, int wake_fd, uint64_t spin_ns, int
     }
     if (sx_arm(eps, n))
         timeout_ms = 0;
+    *slept = timeout_ms != 0;
     int ready = epoll_wait(epoll_fd, events, EVENTS, timeout_ms);
     int code = errno;
     sx_disarm(eps, n);

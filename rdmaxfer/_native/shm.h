@@ -72,7 +72,7 @@ void sx_disarm(sx_ep **eps, int n);
 
 /* Wait until one has something to take: spin for up to spin_ns, then arm, and sleep until one of the descriptors that epoll_fd watches is
  * readable, or until timeout_ns (< 0: for ever) after the call. Drains wake_fd and the ends' own eventfds. Others that are readable (the
- * sockets) are put into fds. Returns their count (mostly 0), or -errno; a signal is no error. */
-int sx_wait(sx_ep **eps, int n, int epoll_fd, int wake_fd, uint64_t spin_ns, int64_t timeout_ns, int *fds, int max);
+ * sockets) are put into fds. Returns their count (mostly 0), or -errno; a signal is no error. *slept: whether it came to sleeping. */
+int sx_wait(sx_ep **eps, int n, int epoll_fd, int wake_fd, uint64_t spin_ns, int64_t timeout_ns, int *fds, int max, int *slept);
 
 #endif

@@ -9,6 +9,7 @@
 #include <fcntl.h>
 #include <infiniband/verbs.h>
 #include <poll.h>
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -346,6 +347,14 @@ int rx_post_send(rx_ep *e, uint32_t lane, const rx_send_wr *wrs, int n, int *pos
     return 0;
 }
 
+int rx_post_chain(rx_ep *e, uint32_t lane, const rx_send_wr *wrs, int n, int *done, rx_error *error) {
+    int posted = 0, rc = 0;
+    if (*done < n)
+        rc = rx_post_send(e, lane, wrs + *done, n - *done, &posted, error);
+    *done += posted;
+    return rc;
+}
+
 int rx_post_recv(rx_ep *e, uint32_t lane, const rx_recv_wr *wrs, int n, int *posted, rx_error *error) {
     struct ibv_recv_wr chain[BATCH];
     struct ibv_sge sges[BATCH];
@@ -504,7 +513,7 @@ static int sleep_once(rx_ep **eps, int n, int wake_fd, struct pollfd *fds, const
 }
 
 static int wait_all(rx_ep **eps, int n, int first, int wake_fd, uint64_t spin_ns, int64_t timeout_ns, rx_wc *out,
-                    int max, rx_error *error) {
+                    int max, int *slept, rx_error *error) {
     struct pollfd few[BATCH + 1], *fds = few;
     int got = poll_all(eps, n, first, out, max, error);
     if (got || timeout_ns == 0 || max <= 0)
@@ -522,6 +531,7 @@ static int wait_all(rx_ep **eps, int n, int first, int wake_fd, uint64_t spin_ns
             if (got)
                 return got;
         }
+        sched_yield(); /* whoever is to do what is waited for may need this very CPU */
         elapsed = now_ns() - start;
     }
     if (n > BATCH) {
@@ -541,6 +551,7 @@ static int wait_all(rx_ep **eps, int n, int first, int wake_fd, uint64_t spin_ns
             start = now_ns(); /* woken for nothing; the time until then is not counted */
         if (elapsed >= limit)
             break;
+        *slept = 1;
         uint64_t rest = limit - elapsed;
         struct timespec left = {.tv_sec = (time_t)(rest / 1000000000u), .tv_nsec = (long)(rest % 1000000000u)};
         more = sleep_once(eps, n, wake_fd, fds, timeout_ns < 0 ? NULL : &left, error);
@@ -562,8 +573,9 @@ int rx_poll(rx_ep **eps, int n, int first, rx_wc *out, int max, int *taken, rx_e
 }
 
 int rx_wait(rx_ep **eps, int n, int first, int wake_fd, uint64_t spin_ns, int64_t timeout_ns, rx_wc *out, int max,
-            int *taken, rx_error *error) {
-    int got = wait_all(eps, n, first, wake_fd, spin_ns, timeout_ns, out, max, error);
+            int *taken, int *slept, rx_error *error) {
+    *slept = 0;
+    int got = wait_all(eps, n, first, wake_fd, spin_ns, timeout_ns, out, max, slept, error);
     *taken = got > 0 ? got : 0;
     return got;
 }

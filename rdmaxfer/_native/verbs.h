@@ -130,6 +130,8 @@ int rx_ep_fd(const rx_ep *ep);
 /* Post in order, one doorbell for each 64. *posted says how many work requests belong to the device until their
  * completion (or the QP's destruction), also when an error is returned. */
 int rx_post_send(rx_ep *ep, uint32_t lane, const rx_send_wr *wrs, int n, int *posted, rx_error *error);
+/* Post wrs[*done] to wrs[n - 1], and move *done on: called again after an interruption, it goes on where it was. */
+int rx_post_chain(rx_ep *ep, uint32_t lane, const rx_send_wr *wrs, int n, int *done, rx_error *error);
 int rx_post_recv(rx_ep *ep, uint32_t lane, const rx_recv_wr *wrs, int n, int *posted, rx_error *error);
 
 /* Up to max completions of n ends, beginning with eps[first % n], so that a caller who moves `first` on is fair. */
@@ -138,9 +140,10 @@ int rx_poll(rx_ep **eps, int n, int first, rx_wc *out, int max, int *taken, rx_e
 /* The same, but if there are none: spin for up to spin_ns; then arm every CQ, look once more, and sleep on all the
  * completion channels and on wake_fd (an eventfd, an epoll set, or -1), until timeout_ns (< 0: for ever) after the call. An end whose
  * device was removed is left out from then on: rx_async_get tells of that.
- * 0 means timeout, wake (then the eventfd was drained) or a signal, whose handler runs when the caller is back in Python. */
+ * 0 means timeout, wake (then the eventfd was drained) or a signal, whose handler runs when the caller is back in Python.
+ * *slept: whether it came to sleeping. */
 int rx_wait(rx_ep **eps, int n, int first, int wake_fd, uint64_t spin_ns, int64_t timeout_ns, rx_wc *out, int max,
-            int *taken, rx_error *error);
+            int *taken, int *slept, rx_error *error);
 
 /* Which ibv_context a pd belongs to; it lives as long as pyverbs' Context is open. */
 void *rx_context(void *pd);

@@ -119,6 +119,13 @@ class Endpoint(Protocol):
     ) -> None:
         """Write header and payload, one after the other, to the peer's memory, and then give it the immediate."""
 
+    def cork(self) -> None:
+        """From now on, `write` may keep what it is given back, up to `uncork` or whatever else is posted on that lane: so that many
+        cost one doorbell."""
+
+    def uncork(self) -> None:
+        """Hand over what was kept back. After an interruption, again. Raises VerbsError."""
+
     def write_empty(self, wr_id: int, lane: int = 0) -> None:
         """Nothing but a completion here, after those of everything posted before on this lane."""
 

@@ -33,6 +33,8 @@ class Poller(Owner):
         super().__init__()
         self.turn = 0
         """Number of the latest `poll` or `wait`."""
+        self.slept = False
+        """Whether the latest `wait` came to sleeping, after it had spun in vain (if it was to)."""
         self._max = max_completions
         self._native: _Native | None = None
         """As long as no endpoint is a device's, nothing is needed of libibverbs."""
@@ -123,6 +125,7 @@ class Poller(Owner):
             if self._taken:
                 timeout_s = 0.0
         shared = self._shared
+        self.slept = True
         if self._native is not None and self._native.watched:
             if shared is None:
                 self._native.wait(self.turn, self._wake_fd, spin_s, timeout_s)
@@ -130,9 +133,11 @@ class Poller(Owner):
                 self._native.wait(self.turn, shared.fd, spin_s, shared.prepare(timeout_s))
                 shared.wait(0.0, 0.0)
                 self._take()
+            self.slept = self._native.slept
         elif shared is not None:
             shared.wait(spin_s, timeout_s)
             self._take()
+            self.slept = shared.slept
         elif self._sleep.poll(None if timeout_s is None else max(0.0, timeout_s * 1000)):
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._wake_fd)
@@ -173,6 +178,7 @@ class _Native:
         self._set: tuple[tuple[Endpoint, ...], Any] = ((), self._ffi.new("rx_ep *[]", 0))
         self._array = self._ffi.new("rx_wc[]", max_completions)
         self._taken = self._ffi.new("int *")
+        self._slept = self._ffi.new("int *")
         self._error = self._ffi.new("rx_error *")
         self.completions: list[Any] = [self._array[i] for i in range(max_completions)]
 
@@ -209,9 +215,14 @@ class _Native:
             self._array,
             self._max,
             self._taken,
+            self._slept,
             self._error,
         )
         self._found(count)
+
+    @property
+    def slept(self) -> bool:
+        return bool(self._slept[0])
 
     def _found(self, count: int) -> None:
         if count < 0:

@@ -29,6 +29,7 @@ class Shared(Owner):
         self._changes = 0
         """Of all endpoints, as far as it was seen to."""
         self._fds = self._ffi.new("int[]", 64)
+        self._slept = self._ffi.new("int *")
         self._opened()
 
     def __repr__(self) -> str:
@@ -66,6 +67,11 @@ class Shared(Owner):
         live = [endpoint.ep for endpoint in self._endpoints if endpoint.ep is not None and not endpoint.error]
         self._eps = self._ffi.new("sx_ep *[]", live)
 
+    @property
+    def slept(self) -> bool:
+        """Whether the latest wait did."""
+        return bool(self._slept[0])
+
     def look(self) -> None:
         """Look at all sockets."""
         for endpoint in self._endpoints:
@@ -94,6 +100,7 @@ class Shared(Owner):
             -1 if timeout_s is None else max(0, int(timeout_s * 1e9)),
             self._fds,
             len(self._fds),
+            self._slept,
         )
         for endpoint in self._endpoints:
             endpoint.asleep = False

@@ -226,6 +226,7 @@ class Endpoint(Owner):
         self.error = ""
         """Why it broke."""
         self._messages: dict[int, bytes] = {}
+        self._corked = False
         self._posted_before = 0
         self._reposted_before = 0
 
@@ -240,7 +241,8 @@ class Endpoint(Owner):
         if self.error:
             raise VerbsError(f"{self.error}.", verb="post_send", errno=107)
         self.outbox.put(posted)
-        self.attend()
+        if not self._corked:
+            self.attend()
 
     def attend(self) -> None:
         """Have the service look after this endpoint."""
@@ -273,6 +275,14 @@ class Endpoint(Owner):
 
     def recv_payload(self, wr_id: int, nbytes: int) -> bytes:
         return self._messages[wr_id]
+
+    def cork(self) -> None:
+        """Don't call the service for each."""
+        self._corked = True
+
+    def uncork(self) -> None:
+        self._corked = False
+        self.attend()
 
     def start(self) -> None:
         """Both sides are connected."""

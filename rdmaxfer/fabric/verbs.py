@@ -201,6 +201,23 @@ class EndpointAddress:
     device: str
 
 
+CHAIN = 32
+"""Work requests that are posted with one doorbell at the most."""
+
+
+class _Chain:
+    """Work requests of one lane that were written and not posted."""
+
+    __slots__ = ("count", "done", "entries", "wrs")
+
+    def __init__(self, ffi: Any) -> None:
+        self.wrs = ffi.new("rx_send_wr[]", CHAIN)
+        self.entries = [(wr, wr.addr, wr.length, wr.lkey) for wr in (self.wrs[i] for i in range(CHAIN))]
+        self.done = ffi.new("int *")
+        """How many of them were posted, by the native core's count."""
+        self.count = 0
+
+
 class Endpoint(Owner):
     """One end of a reliable connection: `lanes` queue pairs with one completion queue and channel.
 
@@ -237,6 +254,10 @@ class Endpoint(Owner):
         """How many there are; once connected, how many are in use."""
         self._max_msg_sz = route.max_msg_sz
         self._send_turn = 0
+        self._chains: list[_Chain] = []
+        self._corked = False
+        self._chained = 0
+        """Kept since `clear_posted`."""
         self._ffi, self._lib = native.extension().ffi, native.extension().lib
         self._error = self._ffi.new("rx_error *")
         self._posted = self._ffi.new("int *")
@@ -356,7 +377,13 @@ class Endpoint(Owner):
                 lane,
             )
             return
-        wr, addr, length, keys = self._wr, self._wr_addr, self._wr_length, self._wr_lkey
+        chain = self._chains[lane] if self._corked else None
+        if chain is None:
+            wr, addr, length, keys = self._wr, self._wr_addr, self._wr_length, self._wr_lkey
+        else:
+            if chain.count == CHAIN:
+                self._post_chain(lane)
+            wr, addr, length, keys = chain.entries[chain.count]
         wr.wr_id = wr_id
         addr[0], length[0], keys[0] = header_address, header_bytes, header_lkey
         if nbytes:
@@ -369,7 +396,36 @@ class Endpoint(Owner):
         wr.imm = imm
         wr.remote_addr = remote_address
         wr.rkey = rkey
-        self.post_send(wr, 1, lane)
+        if chain is None:
+            self.post_send(wr, 1, lane)
+            return
+        if not chain.count:
+            chain.done[0] = 0
+        chain.count += 1
+        self._chained += 1
+
+    def cork(self) -> None:
+        """Keep what `write` is given, to post many with one doorbell."""
+        if not self._chains:
+            self._chains = [_Chain(self._ffi) for _ in range(self.lanes)]
+        self._corked = True
+
+    def uncork(self) -> None:
+        """Post what was kept."""
+        self._corked = False
+        for lane in range(len(self._chains)):
+            self._post_chain(lane)
+
+    def _post_chain(self, lane: int) -> None:
+        chain = self._chains[lane]
+        if chain.count:
+            if self._state != "open":
+                self._check_open()
+            # Ctrl-C behind this call finds `done` moved on, and nothing is posted twice.
+            if self._lib.rx_post_chain(self._ep, lane, chain.wrs, chain.count, chain.done, self._error):
+                chain.count = 0  # the rest is lost with the connection
+                self._check(-1)
+            chain.count = 0
 
     def _write_split(
         self,
@@ -452,17 +508,20 @@ class Endpoint(Owner):
         """Post `n` work requests of an `rx_send_wr` array, in order, with one doorbell for each 64."""
         if self._state != "open":
             self._check_open()
+        if self._chains:
+            self._post_chain(lane)  # in its order
         if self._lib.rx_post_send(self._ep, lane, wrs, n, self._posted, self._error):
             self._check(-1)
 
     def clear_posted(self) -> None:
         """Forget what `last_posted` says."""
         self._posted[0] = 0
+        self._chained = 0
 
     @property
     def last_posted(self) -> int:
         """Work requests that the device took since `clear_posted`: kept in C, so it holds also if Ctrl-C hid it."""
-        return int(self._posted[0])
+        return int(self._posted[0]) + self._chained
 
     def clear_reposted(self) -> None:
         """Forget what `last_reposted` says."""
@@ -523,14 +582,14 @@ class Endpoint(Owner):
         sentinel.wr_id = _SENTINEL
         sentinel.opcode = lib.RX_SEND
         sentinel.flags = lib.RX_SIGNALED
-        eps, wcs, taken = ffi.new("rx_ep *[]", [ep]), ffi.new("rx_wc[]", 64), ffi.new("int *")
+        eps, wcs, taken, slept = ffi.new("rx_ep *[]", [ep]), ffi.new("rx_wc[]", 64), ffi.new("int *"), ffi.new("int *")
         deadline = time.monotonic() + timeout_s
         while True:
             for lane in list(unposted):  # tried again, should the send queue have been full
                 if lib.rx_post_send(ep, lane, sentinel, 1, self._posted, error) == 0:
                     unposted.remove(lane)
             left = deadline - time.monotonic()
-            count = lib.rx_wait(eps, 1, 0, -1, 0, max(0, int(min(left, 0.01) * 1e9)), wcs, 64, taken, error)
+            count = lib.rx_wait(eps, 1, 0, -1, 0, max(0, int(min(left, 0.01) * 1e9)), wcs, 64, taken, slept, error)
             if count < 0:
                 return False
             running -= {wcs[i].lane for i in range(count) if wcs[i].wr_id == _SENTINEL and not wcs[i].is_recv}

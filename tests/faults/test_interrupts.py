@@ -84,6 +84,8 @@ def value(rx: rdmaxfer.Receiver) -> tuple[int, int]:
 PUSHES: dict[str, Callable[[rdmaxfer.Sender, Any], int]] = {
     "push": lambda tx, array: tx.push(array, timeout=TIMEOUT_S),
     "registered": lambda tx, array: tx.push(array, timeout=TIMEOUT_S),
+    "many": lambda tx, array: tx.push_many([array], timeout=TIMEOUT_S)[0],
+    "many registered": lambda tx, array: tx.push_many([array], timeout=TIMEOUT_S)[0],
 }
 
 
@@ -98,7 +100,7 @@ def test_ctrl_c_in_push(how: str, peers: int) -> None:
             rx.connect(endpoint, timeout=TIMEOUT_S)
         tx.wait_for_peers(peers, timeout=TIMEOUT_S)
         array = np.zeros(5, np.int64)
-        if how == "registered":
+        if "registered" in how:
             tx.register(array)
         count = 0  # frames that went out
         for at in each_point():

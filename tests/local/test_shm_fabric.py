@@ -1,4 +1,4 @@
-"""The shm fabric by itself: what strangers and liars can do (nothing), what becomes of memory, and what is left behind (nothing)."""
+"""The shm fabric by itself: what strangers and liars can do, what becomes of memory, and what is left behind (nothing)."""
 
 from __future__ import annotations
 

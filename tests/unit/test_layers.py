@@ -20,6 +20,7 @@ LAYERS = [
     [
         "rdmaxfer.inband",
         "rdmaxfer.memory",
+        "rdmaxfer.spinning",
         "rdmaxfer.copying",
         "rdmaxfer.cm.messages",
         "rdmaxfer.cm.endpoint",
