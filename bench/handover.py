@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--slots", type=int, default=4)
     parser.add_argument("--spin", type=float, default=0.0)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", metavar="FILE", help="write the medians to FILE, too")
     for name in ("fabric", "size", "count"):
         parser.add_argument(f"--{name}", type=str if name == "fabric" else int, help=argparse.SUPPRESS)
     parser.add_argument("--echo", action="store_true", help=argparse.SUPPRESS)
@@ -89,8 +89,8 @@ def main() -> None:
             trip, push = (1e6 * statistics.median(each) for each in zip(*found[fabric], strict=True))
             rows.append({"fabric": fabric, "bytes": size, "one_way_us": trip, "push_us": push})
     if args.json:
-        print(json.dumps(rows))
-        return
+        with open(args.json, "w") as file:
+            json.dump(rows, file)
     print("| fabric | bytes | one way, µs | of that, push, µs |\n|---|---|---|---|")
     for row in rows:
         print(f"| {row['fabric']} | {row['bytes']} | {row['one_way_us']:.1f} | {row['push_us']:.1f} |")

@@ -8,10 +8,11 @@ frame there and another one back, halved, against `ib_write_lat`. Both use the s
 in flight. For bandwidth they also have the same working set: a ring of --slots sources on one side, a ring of --slots targets on
 the other (perftest by bench/perftest_ring.c).
 
-perftest comes in three kinds: "perftest" is `ib_write_bw` as it is, which has one queue pair; "as many QPs" has as many as rdmaxfer
-(--queue-pairs; its frames in flight and its ring are divided between them); "one buffer" is the first without the ring: by itself
-perftest writes from one buffer into one buffer. Every round runs all of them, in alternating order; medians of the rounds and their
-ratios are printed. Start-up, handshake and a warm-up are not timed.
+perftest comes in three kinds: "perftest" is `ib_write_bw` as it is, which has one queue pair; "as many QPs" has as many as
+rdmaxfer (--queue-pairs; its frames in flight and its ring are divided between them); "one buffer" is the first without the ring:
+by itself perftest writes from one buffer into one buffer. "batches" is rdmaxfer by push_many and recv_many. Every round runs all
+of them, in alternating order; medians of the rounds and their ratios are printed. Start-up, handshake and a warm-up are not
+timed.
 
 Soft-RoCE does the network card's work in the kernel's worker threads. With the CPUs "shared", these wander between all of them, and
 part of what is measured is how soon an idle CPU wakes up for them; perftest, which never lets its CPU idle, is not hurt by that,
@@ -45,7 +46,7 @@ import rdmaxfer
 from rdmaxfer.fabric.devices import choose_gid, list_devices
 from rdmaxfer.fabric.route import local_ip_towards
 
-SIZES = {64: 8000, 4096: 8000, 65536: 3000, 1 << 20: 600, 8 << 20: 80}
+SIZES = {64: 8000, 4096: 8000, 65536: 3000, 1 << 20: 600, 8 << 20: 80, 64 << 20: 20}
 """Payload bytes -> frames a round."""
 WARM_UP = 0.1
 """Share of a round's frames that are pushed before the clock starts."""
@@ -88,12 +89,12 @@ def receive(args: argparse.Namespace) -> None:
             sys.stdin.readline()
 
 
-def ours(args: argparse.Namespace, kind: str, size: int, count: int) -> dict[str, float]:
-    warm_up = -(-max(20, int(count * WARM_UP)) // args.batch) * args.batch
-    count = -(-count // args.batch) * args.batch
+def ours(args: argparse.Namespace, kind: str, size: int, count: int, *, batch: int = 1) -> dict[str, float]:
+    warm_up = -(-max(20, int(count * WARM_UP)) // batch) * batch
+    count = -(-count // batch) * batch
     command = [sys.executable, __file__, "receive", "--kind", kind, "--size", str(size), "--count", str(count)]
     command += ["--warm-up", str(warm_up), "--slots", str(args.slots), "--queue-pairs", str(args.queue_pairs)]
-    command += ["--batch", str(args.batch if kind == "bw" else 1)]
+    command += ["--batch", str(batch)]
     if args.receiver_spin is not None:
         command += ["--spin", str(args.receiver_spin)]
     peer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -121,22 +122,21 @@ def ours(args: argparse.Namespace, kind: str, size: int, count: int) -> dict[str
                 def step(i: int) -> None:
                     sender.push(sources[0])
                     receiver.recv().release()
-            elif args.batch > 1:
-                rows = [sources[i : i + args.batch] for i in range(0, args.slots, args.batch)]
+            elif batch > 1:
+                rows = [sources[i : i + batch] for i in range(0, args.slots, batch)]
 
                 def step(i: int) -> None:
-                    sender.push_many(rows[i // args.batch % len(rows)])
+                    sender.push_many(rows[i // batch % len(rows)])
             else:
 
                 def step(i: int) -> None:
                     sender.push(sources[i % args.slots])
 
-            stride = args.batch if kind == "bw" else 1
-            for i in range(0, warm_up, stride):
+            for i in range(0, warm_up, batch):
                 step(i)
             sender.flush(timeout=60)
             cpu, began = cpu_s(), time.perf_counter()
-            for i in range(0, count, stride):
+            for i in range(0, count, batch):
                 step(i)
             sender.flush(timeout=60)
             elapsed, cpu = time.perf_counter() - began, cpu_s() - cpu
@@ -246,14 +246,14 @@ def main() -> None:
     parser.add_argument(
         "--batch",
         type=int,
-        default=1,
-        help="frames a call, for bandwidth: push_many, recv_many (default 1: push, recv)",
+        default=8,
+        help='frames of a call of push_many and recv_many, for "batches" (default 8)',
     )
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="payload bytes")
     parser.add_argument("--kinds", nargs="+", choices=["bw", "lat"], default=["bw", "lat"])
     parser.add_argument("--cpus", nargs="+", choices=["shared", "split"], default=["shared", "split"], help="see above")
     parser.add_argument("--scale", type=float, default=1.0, help="times the usual number of frames a round")
-    parser.add_argument("--json", action="store_true", help="print the rounds as JSON, too")
+    parser.add_argument("--json", metavar="FILE", help="write all rounds to FILE, too")
     args = parser.parse_args()
     for name in ("slots", "queue_pairs", "batch"):
         value = getattr(args, name)
@@ -282,19 +282,22 @@ def main() -> None:
     )
     print(
         f"{'':>10} {'CPUs':>6} {'bytes':>8} {'rdmaxfer':>9} {'perftest':>9} {'ratio':>6} "
-        f"{'as many QPs':>12} {'ratio':>6} {'one buffer':>11} {'ratio':>6} "
+        f"{'batches':>9} {'ratio':>6} {'as many QPs':>12} {'ratio':>6} {'one buffer':>11} {'ratio':>6} "
         f"{'CPU us/frame: sender':>21} {'receiver':>9}"
     )
+    results: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as directory:
         args.ring_library = build_ring_library(directory)
         for kind, cpus in itertools.product(args.kinds, args.cpus):
             if kind == "bw" or cpus == "shared":
                 with split_cpus() if cpus == "split" else contextlib.nullcontext():
-                    for size in args.sizes:
-                        compare(args, kind, cpus, size)
+                    results += [compare(args, kind, cpus, size) for size in args.sizes]
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump({"device": route.device, "mtu": route.active_mtu, "slots": args.slots, "rows": results}, file)
 
 
-def compare(args: argparse.Namespace, kind: str, cpus: str, size: int) -> None:
+def compare(args: argparse.Namespace, kind: str, cpus: str, size: int) -> dict[str, object]:
     count = max(20, int(SIZES.get(size, 200) * args.scale))
     if kind == "lat":
         count = min(count, 1000)
@@ -303,6 +306,7 @@ def compare(args: argparse.Namespace, kind: str, cpus: str, size: int) -> None:
         "perftest": lambda: perftest(args, kind, size, count, ring=kind == "bw"),
     }
     if kind == "bw":
+        runs["batches"] = lambda: ours(args, kind, size, count, batch=args.batch)
         runs["as many QPs"] = lambda: perftest(args, kind, size, count, ring=True, queue_pairs=args.queue_pairs)
         runs["one buffer"] = lambda: perftest(args, kind, size, count, ring=False)
     rounds: list[dict[str, dict[str, float]]] = []
@@ -315,16 +319,18 @@ def compare(args: argparse.Namespace, kind: str, cpus: str, size: int) -> None:
 
     mine = median("rdmaxfer", "value")
     line = f"{'us one way' if kind == 'lat' else 'MB/s':>10} {cpus:>6} {size:>8} {mine:>9.1f}"
-    for name, width in (("perftest", 9), ("as many QPs", 12), ("one buffer", 11)):
+    for name, width in (("perftest", 9), ("batches", 9), ("as many QPs", 12), ("one buffer", 11)):
         if name in runs:
             theirs = median(name, "value")
-            line += f" {theirs:>{width}.1f} {theirs / mine if kind == 'lat' else mine / theirs:>6.2f}"
+            ratio = theirs / mine if kind == "lat" else mine / theirs
+            if name == "batches":
+                ratio = theirs / median("perftest", "value")
+            line += f" {theirs:>{width}.1f} {ratio:>6.2f}"
         else:
             line += f" {'-':>{width}} {'-':>6}"
     cpu, peer_cpu = (median("rdmaxfer", figure) for figure in ("cpu_us", "peer_cpu_us"))
     print(f"{line} {cpu:>21.1f} {peer_cpu:>9.1f}", flush=True)
-    if args.json:
-        print(json.dumps(rounds), flush=True)
+    return {"kind": kind, "cpus": cpus, "bytes": size, "count": count, "rounds": rounds}
 
 
 if __name__ == "__main__":

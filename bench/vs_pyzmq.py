@@ -9,6 +9,7 @@ gives credit back.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import subprocess
 import sys
@@ -88,13 +89,19 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[65536, 1 << 20, 8 << 20], help="payloads in bytes")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2.0, help="length of each run")
+    parser.add_argument("--json", metavar="FILE", help="write all rounds to FILE, too")
     args = parser.parse_args()
+    rows = []
     print(f"{'bytes':>10} {'rdmaxfer':>10} {'pyzmq':>10} {'ratio':>6}   MB/s, medians of {args.rounds}")
     for size in args.sizes:
         pairs = [(ours(size, args.seconds), plain(size, args.seconds)) for _ in range(args.rounds)]
         mine, theirs = (statistics.median(values) for values in zip(*pairs, strict=True))
         ratio = statistics.median(a / b for a, b in pairs)
+        rows.append({"bytes": size, "rdmaxfer": [a for a, _ in pairs], "pyzmq": [b for _, b in pairs]})
         print(f"{size:>10} {mine:>10.1f} {theirs:>10.1f} {ratio:>6.2f}", flush=True)
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(rows, file)
 
 
 if __name__ == "__main__":

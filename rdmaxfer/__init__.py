@@ -55,6 +55,7 @@ from rdmaxfer.node import LinkInfo, StateChange
 from rdmaxfer.receiver import Receiver, ReceiverStatistics
 from rdmaxfer.send_stream import Dropped
 from rdmaxfer.sender import Sender, SenderStatistics
+from rdmaxfer.sharing import attach
 from rdmaxfer.staging import Registration
 
 __version__ = "0.1.0"
@@ -97,4 +98,5 @@ __all__ = [
     "VerbsError",
     "VerbsUnavailable",
     "__version__",
+    "attach",
 ]

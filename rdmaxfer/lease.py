@@ -51,7 +51,7 @@ class Frame:
     `release()`, or drop it and all views of its array) to give the slot back to the sender. Copy what you want to keep.
     """
 
-    __slots__ = ("__weakref__", "_array", "_end", "_header", "_metadata", "gap", "peer")
+    __slots__ = ("__weakref__", "_array", "_end", "_header", "_lease", "_metadata", "gap", "peer")
 
     def __init__(
         self,
@@ -60,7 +60,9 @@ class Frame:
         peer: str,
         gap: Gap | None,
         end: Callable[[], None],
+        lease: FrameLease | None = None,
     ) -> None:
+        self._lease = lease
         self._header = header
         self._array: np.ndarray[Any, Any] | None = array
         self._metadata: dict[str, Any] | None = None
@@ -151,11 +153,19 @@ def _nothing() -> None:
 class FrameLease:
     """The bookkeeping behind a Frame: ends exactly once, by release, by garbage collection or by the receiver's close."""
 
-    __slots__ = ("_frame", "_stream", "_watch", "position")
+    __slots__ = ("_base", "_borrowers", "_frame", "_in_hand", "_stream", "_watch", "forwarded", "memory", "position")
 
-    def __init__(self, stream: RecvStream, position: int) -> None:
+    def __init__(self, stream: RecvStream, position: int, memory: object = None) -> None:
         self._stream = stream
         self.position = position
+        self.memory = memory
+        """What the frame lies in (a Buffer or ForeignMemory), if that is known."""
+        self._in_hand = True
+        """Whether the user has it."""
+        self.forwarded = False
+        """Whether the receiver has shared it."""
+        self._borrowers: tuple[weakref.ref[Holder], ...] = ()
+        self._base: weakref.ref[Any] | None = None
         self._frame: weakref.ref[Frame] | None = None
         self._watch: weakref.ref[Any] | None = None
 
@@ -163,23 +173,53 @@ class FrameLease:
         self, header: FrameHeader, array: np.ndarray[Any, Any], base: np.ndarray[Any, Any], gap: Gap | None
     ) -> Frame:
         """`base`: what `array` and every view of it hold on to, and nobody else does."""
-        frame = Frame(header, array, self._stream.peer, gap, self._released)
+        frame = Frame(header, array, self._stream.peer, gap, self._released, self)
         self._frame = weakref.ref(frame)
+        self._base = weakref.ref(base)
         self._watch = weakref.ref(base, self._collected)
         return frame
 
+    def refuse(self) -> None:
+        """Nobody is to get the frame."""
+        self._in_hand = False
+
+    def lend(self, holder: Holder) -> None:
+        """The frame's memory is read by somebody else, too, until `holder` is gone."""
+        holder.keeps = self._base() if self._base is not None else None
+        self._borrowers = (
+            *(each for each in self._borrowers if each() is not None),
+            weakref.ref(holder, self._given_back),
+        )
+        self._stream.lent()
+
+    def _given_back(self, _: object) -> None:
+        # As `_collected`: anywhere, at any time.
+        self._stream.abandoned.append(self)
+        self._stream.given_back()
+
+    @property
+    def lent_out(self) -> bool:
+        return any(holder() is not None for holder in self._borrowers)
+
+    @property
+    def in_use(self) -> bool:
+        return self._in_hand or self.lent_out
+
     def _released(self) -> None:
+        self._in_hand = False
         self._stream.release(self)
         self._watch = None
 
     def _collected(self, _: object) -> None:
         # May run in any thread, at any bytecode, even with the receiver's lock held: leave a note, take no lock.
         self._watch = None
+        self._in_hand = False
         self._stream.abandoned.append(self)
 
     def revoke(self) -> None:
         """The receiver is closing: `frame.array` is an error from now on. The memory stays as long as views of it."""
         self._watch = None
+        self._in_hand = False
         frame = self._frame() if self._frame is not None else None
         if frame is not None:
             frame._array = None

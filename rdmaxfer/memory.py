@@ -78,13 +78,36 @@ def _map_shared(nbytes: int) -> tuple[mmap.mmap, _Descriptor]:
     return mmap.mmap(file.fd, nbytes, flags=mmap.MAP_SHARED), file
 
 
-def map_foreign(fd: int, nbytes: int, *, writable: bool = False) -> mmap.mmap:
-    """Map another process's memory, of which it has sent the descriptor. Raises ValueError if it could shrink, or is too small."""
+class ForeignMemory(mmap.mmap):
+    """Another process's memory, mapped to be read. `file` is its descriptor, by which it can be handed on."""
+
+    file: _Descriptor | None = None
+
+    @property
+    def fd(self) -> int | None:
+        return self.file.fd if self.file is not None else None
+
+    @property
+    def nbytes(self) -> int:
+        return len(self)
+
+    @functools.cached_property
+    def address(self) -> int:
+        return int(np.frombuffer(self, np.uint8).__array_interface__["data"][0])
+
+
+def map_foreign(fd: int, nbytes: int, *, writable: bool = False, keep_fd: bool = False) -> ForeignMemory:
+    """Map another process's memory, of which it has sent the descriptor, which stays the caller's; `keep_fd`: keep one like it.
+    Raises ValueError if the memory could shrink, or is too small."""
     if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK == 0:
         raise ValueError("the memory is not sealed against shrinking")
     if not 0 < nbytes <= os.fstat(fd).st_size:
         raise ValueError(f"the memory has {os.fstat(fd).st_size} bytes, not {nbytes}")
-    return mmap.mmap(fd, nbytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0))
+    rights = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+    memory = ForeignMemory(fd, nbytes, flags=mmap.MAP_SHARED, prot=rights)
+    if keep_fd:
+        memory.file = _Descriptor(os.dup(fd))
+    return memory
 
 
 class Buffer:

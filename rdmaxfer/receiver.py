@@ -32,6 +32,7 @@ from rdmaxfer.waiting import PATIENCE_S, Deadline
 
 if TYPE_CHECKING:
     from rdmaxfer.fabric.base import AnyRoute, Domain
+    from rdmaxfer.sharing import Sharing
     from rdmaxfer.stream import Origin
 
 log = logging.getLogger("rdmaxfer")
@@ -112,6 +113,8 @@ class Receiver(Node[RecvLink, RecvStream]):
         is connected; copies can't be changed by anybody. For senders that you don't trust.
       queue_pairs: queue pairs of each connection (1 to 8), over which its frames take turns; the smaller wish of the two sides
         counts. Two keep more of a device or of Soft-RoCE busy than one.
+      share: a name by which other processes of this user on this machine can have every frame, too: `rdmaxfer.attach(name)`. They
+        read it where it lies (over RDMA, where the network card has put it), each with a lease of its own.
       spin_s: seconds to poll busily before a wait sleeps; 0: never. By default, as long as that is rewarded: where frames come
         within 0.3 ms. A wait for what does not come costs nothing.
       name: what a successor of this receiver, in another process, will also be called: if this one is restarted, a sender that is
@@ -146,6 +149,7 @@ class Receiver(Node[RecvLink, RecvStream]):
         queue_pairs: int = 2,
         spin_s: float | None = None,
         name: str = "",
+        share: str | None = None,
         lease_s: float = 5.0,
         reconnect: bool = True,
         reconnect_s: float = 30.0,
@@ -184,6 +188,8 @@ class Receiver(Node[RecvLink, RecvStream]):
         self._max_pinned_bytes = max_pinned_bytes
         self._pinned_bytes = 0
         self._copy = copy
+        self.shares = share is not None
+        self._sharing: Sharing | None = None
         self._ready: deque[tuple[tuple[int, int], Frame]] = deque()
         self._draining: list[RecvStream] = []
         """Streams that have ended, but whose frames are still leased."""
@@ -198,6 +204,10 @@ class Receiver(Node[RecvLink, RecvStream]):
         self._credits_before = 0
         self._resizes = 0
         self._ticking = False
+        if share is not None:
+            from rdmaxfer.sharing import Sharing
+
+            self._sharing = Sharing(share, self.collect)
 
     # --- receiving -----------------------------------------------------------------------------------------------------
 
@@ -238,6 +248,10 @@ class Receiver(Node[RecvLink, RecvStream]):
                     gap = entry[1].gap
                     if gap is not None:
                         self._missed += gap.count
+            if self._sharing is not None:
+                deadline = Deadline(timeout)
+                for _, frame in taken:
+                    self._sharing.forward(frame, deadline)
             if self._copy:
                 for index, (tag, leased) in enumerate(taken):
                     try:
@@ -321,6 +335,24 @@ class Receiver(Node[RecvLink, RecvStream]):
             if stream.link is not None and stream.link.credit_kept and not self._ticking:
                 self._tick_later()
 
+    def lent(self) -> None:
+        """While somebody else reads frames, look now and then whether they are given back."""
+        with self._lock:
+            if not self._ticking:
+                self._tick_later()
+
+    def given_back(self) -> None:
+        """From anywhere, at any time, even with the lock held: only wakes who waits."""
+        self._waiter.nudge()
+
+    def collect(self) -> None:
+        """Give back what nobody uses any more."""
+        with self._lock:
+            for stream in [*self._streams.values(), *self._draining]:
+                stream.collect()
+            if any(link.credit_kept for link in self._links) and not self._ticking:
+                self._tick_later()
+
     def pin(self, nbytes: int) -> None:
         """`nbytes` are about to be registered for a sender. Raises NoMemory."""
         with self._lock:
@@ -354,7 +386,8 @@ class Receiver(Node[RecvLink, RecvStream]):
                 stream.collect()
             for link in self._links:
                 link.give_kept_credit()
-            if any(link.credit_kept for link in self._links):
+            lent = any(lease.lent_out for stream in self._streams.values() for lease in stream.leases.values())
+            if lent or any(link.credit_kept for link in self._links):
                 self._tick_later()
         finally:
             self._lock.release()
@@ -538,6 +571,8 @@ class Receiver(Node[RecvLink, RecvStream]):
         self._credits_before += link.credits_sent
 
     def _say_goodbye(self, deadline: Deadline) -> None:
+        if self._sharing is not None:
+            self._sharing.close(deadline.left_s())
         with self._lock:
             for stream in self._streams.values():
                 stream.collect()

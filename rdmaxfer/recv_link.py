@@ -35,10 +35,10 @@ class RingMemory:
         """What such a ring takes."""
         return slots * (framing.HEADER_ROOM + -(-slot_bytes // PAGE) * PAGE)
 
-    def __init__(self, pd: ProtectionDomain, slots: int, slot_bytes: int) -> None:
+    def __init__(self, pd: ProtectionDomain, slots: int, slot_bytes: int, *, shared: bool = False) -> None:
         self.slot_bytes = slot_bytes
         self.stride = framing.HEADER_ROOM + -(-slot_bytes // PAGE) * PAGE
-        self.buffer = Buffer(self.nbytes_of(slots, slot_bytes))
+        self.buffer = Buffer(self.nbytes_of(slots, slot_bytes), shared=shared)
         self.region = pd.register(self.buffer, remote_write=True)
         self.view = self.buffer.view(0, self.buffer.nbytes).toreadonly()
 
@@ -56,6 +56,9 @@ class _Arrival(NamedTuple):
 
 class Host(Protocol):
     """What a RecvLink needs of its receiver."""
+
+    shares: bool
+    """Whether other processes are to map the rings."""
 
     def resize_asked(self, link: RecvLink, wanted_bytes: int) -> None: ...
     def pin(self, nbytes: int) -> None: ...
@@ -128,7 +131,7 @@ class RecvLink(Link):
         nbytes = RingMemory.nbytes_of(self.ring.slots, slot_bytes)
         self._host.pin(nbytes)
         try:
-            return RingMemory(self.pd, self.ring.slots, slot_bytes)
+            return RingMemory(self.pd, self.ring.slots, slot_bytes, shared=self._host.shares)
         except BaseException:
             self._host.unpin(nbytes)
             raise
@@ -245,7 +248,7 @@ class RecvLink(Link):
             self._leave_older(epoch)
         ring, stream, seq = self.ring, self.stream, header.seq
         before = stream.seq_before(position)
-        lease = FrameLease(stream, position)
+        lease = FrameLease(stream, position, memory.buffer if placed is None else payload.obj)
         if seq > max(before, stream.received_seq):
             gap = None if seq == before + 1 else stream.gap_before(position, seq, header.gap)
             stream.leases[position] = lease
@@ -253,6 +256,7 @@ class RecvLink(Link):
             stream.note(position, seq)
         elif seq > before:
             stream.leases[position] = lease
+            lease.refuse()
             stream.abandoned.append(lease)  # received before; the sender could not know it
         else:
             raise RemoteProtocolError(f"the sender wrote frame number {seq} after number {before}")

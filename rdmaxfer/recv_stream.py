@@ -27,6 +27,8 @@ class Inbox(Protocol):
 
     def frame_arrived(self, frame: Frame, tag: tuple[int, int]) -> None: ...
     def release(self, stream: RecvStream, lease: FrameLease) -> None: ...
+    def lent(self) -> None: ...
+    def given_back(self) -> None: ...
 
 
 class RecvStream(Stream[RecvLink]):
@@ -104,8 +106,18 @@ class RecvStream(Stream[RecvLink]):
         """A lease ended by `Frame.release`: called by users' threads, takes the receiver's lock."""
         self._inbox.release(self, lease)
 
+    def lent(self) -> None:
+        """A frame of this stream is read by somebody else, too."""
+        self._inbox.lent()
+
+    def given_back(self) -> None:
+        """It is not any more. Takes no lock."""
+        self._inbox.given_back()
+
     def finish(self, lease: FrameLease) -> None:
         """Give a leased slot back, and credit where it is due."""
+        if lease.in_use:
+            return  # whoever has it will tell
         # A position not received yet: Ctrl-C came while its frame was being made, and it is about to be made again.
         if self.leases.get(lease.position) is lease and lease.position < self.ring.received:
             self.ring.release(lease.position)

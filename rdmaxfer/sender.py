@@ -34,8 +34,9 @@ from rdmaxfer.errors import (
 from rdmaxfer.fabric.choice import Fabric
 from rdmaxfer.frame import FrameType, encode_metadata, frame_type
 from rdmaxfer.inband import MESSAGE_BYTES
-from rdmaxfer.lease import Slot
+from rdmaxfer.lease import Frame, Slot
 from rdmaxfer.link import recv_depth, send_depth
+from rdmaxfer.memory import Buffer, ForeignMemory
 from rdmaxfer.node import MAKING_S, Node, StateChange
 from rdmaxfer.outgoing import Outgoing
 from rdmaxfer.send_link import SendLink
@@ -56,6 +57,9 @@ ATTENDED_WATCH_S = 1.0
 """... and if somebody does."""
 
 log = logging.getLogger("rdmaxfer")
+
+MAX_BORROWED = 64
+"""Pieces of memory of Receivers that stay registered for `forward`, if they are not in use."""
 
 BATCH = 16
 """Frames that `push_many` posts at once at the most."""
@@ -194,6 +198,10 @@ class Sender(Node[SendLink, SendStream]):
         self._made_links: weakref.WeakSet[SendLink] = weakref.WeakSet()
         """Also those that have ended and are about to be torn down."""
         self._watching = False
+        self._retired = 0
+        """Connections that have ended, and use no memory any more."""
+        self._borrowed: dict[int, Source] = {}
+        """Memory of Receivers that frames were forwarded from. (It is kept, so nothing else has its id.)"""
         self._corked = False
         """Whether frames are being posted together."""
         self._pumping: threading.Thread | None = None
@@ -428,6 +436,74 @@ class Sender(Node[SendLink, SendStream]):
         return Slot(
             self, staging, holder, staging.buffer.array(0, kind.shape, kind.dtype, writable=True), metadata, timeout
         )
+
+    def forward(
+        self,
+        frame: Frame,
+        *,
+        metadata: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+    ) -> int:
+        """Send a received frame on, from where it lies: nothing is copied, if all receivers can read that memory. Returns its
+        sequence number here.
+
+        The frame may be released at once; its slot goes back to its sender when all receivers here have released it, too. Its
+        metadata and capture time go along, unless `metadata` says something else. In place by shared memory, for frames of a
+        Receiver with `share` or of one that got them by shared memory; and by other fabrics, for frames that came over RDMA. Else
+        it is copied, as by `push`. Raises as `push` does, and FrameReleased.
+        """
+        array = frame.array
+        sent_along = frame.metadata if metadata is None else metadata
+        lease = frame._lease
+        memory = lease.memory if lease is not None else None
+        if lease is None or not array.nbytes or not self._can_send_from(memory):
+            return self.push(array, metadata=sent_along, captured_ns=frame.captured_ns, timeout=timeout)
+        kind = frame_type(array.shape, array.dtype)
+        packed = encode_metadata(sent_along) if sent_along else b""
+        deadline = Deadline(timeout)
+        holder = Holder()
+        lease.lend(holder)
+        address = _address(array)
+        with self._lock:
+            source = self._source_of(memory)
+            return self._push(kind, source, address, holder, packed, frame.captured_ns, deadline)
+
+    def wait_for_release(self, seen: int) -> int:
+        """Wait until receivers have released more frames, or have gone, than when this returned `seen` (0 at first), and no work
+        request has their memory any more. Raises ClosedError."""
+
+        def more() -> int | None:
+            self._pump_all()
+            for link in self._links:
+                if link.ring.completed < link.ring.released:
+                    link.fence()  # until its completion is seen, a work request has the memory, too
+            streams = self._streams.values()
+            count = self._retired + sum(min(each.ring.released, each.ring.completed) for each in streams)
+            return count if count != seen else None
+
+        return self._waiter.wait(more, Deadline(None), "waiting for receivers to release frames")
+
+    def _can_send_from(self, memory: object) -> bool:
+        if isinstance(memory, ForeignMemory):  # which a device could not register: it would have to be writable
+            return memory.fd is not None and self._all_lend()
+        return isinstance(memory, Buffer) and (memory.fd is not None or not self._pool.shared)
+
+    def _all_lend(self) -> bool:
+        return all(link.endpoint.lends for link in [*self._links, *self._opening.values()])
+
+    def _source_of(self, memory: Any) -> Source:
+        """The memory of a Receiver, to send from. With the lock held."""
+        known = self._borrowed.get(id(memory))
+        if known is None:
+            known = Source(memory.address, memory.nbytes, memory)
+            if len(self._borrowed) >= MAX_BORROWED:
+                used = self._in_use()
+                for key, other in list(self._borrowed.items()):
+                    if other not in used:
+                        del self._borrowed[key]
+                        other.unregister()
+            self._borrowed[id(memory)] = known
+        return known
 
     def register(self, array: npt.NDArray[Any]) -> Registration:
         """Register an array's memory with the device, so that pushes of it, or of any C-contiguous view of it, copy nothing.
@@ -1018,12 +1094,17 @@ class Sender(Node[SendLink, SendStream]):
         super().retire(link)
         with self._lock:
             self._pool.forget_lent()
+            self._retired += 1
+            self._waiter.wake()
 
     def _free_memory(self) -> None:
         with self._lock:
             for registration in self._registrations:
                 registration.unregister()
             self._registrations.clear()
+            for source in self._borrowed.values():
+                source.unregister()
+            self._borrowed.clear()
             self._pool.close()
             pds, self._pds = self._pds, {}
         for pd in pds.values():

@@ -30,11 +30,13 @@ PAGE = 4096
 class Holder:
     """Stands for the use of a piece of memory."""
 
-    __slots__ = ("__weakref__", "sent")
+    __slots__ = ("__weakref__", "keeps", "sent")
 
     def __init__(self) -> None:
         self.sent = False
         """Whether there is a frame that has it."""
+        self.keeps: object = None
+        """What has to stay as long."""
 
 
 class _Use(weakref.ref[Holder]):

@@ -115,6 +115,11 @@ class Waiter(Generic[L]):
         if self._followers:
             self._condition.notify_all()
 
+    def nudge(self) -> None:
+        """Have the thread that polls, if there is one, look again. Without the lock, at any time."""
+        if self._leader and self._poller is not None:
+            self._poller.wake()
+
     def wait(self, ready: Callable[[], T | None], deadline: Deadline, what: str) -> T:
         """Take the lock, then `wait_locked`."""
         with self.lock:

@@ -32,7 +32,7 @@ from rdmaxfer.errors import NoDevice, VerbsError
 from rdmaxfer.fabric import soft
 from rdmaxfer.fabric.owner import Owner
 from rdmaxfer.fabric.soft import FLUSHED, Completion
-from rdmaxfer.memory import Buffer, map_foreign
+from rdmaxfer.memory import Buffer, ForeignMemory, map_foreign
 
 log = logging.getLogger("rdmaxfer")
 
@@ -128,8 +128,9 @@ class ShmRegion(soft.Region):
     def __init__(
         self, pd: ShmProtectionDomain, address: int, nbytes: int, keepalive: object, *, remote_write: bool
     ) -> None:
-        can_be_shared = isinstance(keepalive, Buffer) and keepalive.fd is not None and keepalive.address == address
-        self.segment: Buffer | None = keepalive if can_be_shared else None  # type: ignore[assignment]
+        self.segment: Buffer | ForeignMemory | None = None
+        if isinstance(keepalive, Buffer | ForeignMemory) and keepalive.fd is not None and keepalive.address == address:
+            self.segment = keepalive
         super().__init__(pd, address, nbytes, keepalive, remote_write=remote_write)
 
     def _destroy(self) -> None:
@@ -397,7 +398,7 @@ class ShmEndpoint(soft.Endpoint):
             return
         if kind not in (_ADD, _ADD_FOR_ONE_FRAME) or len(fds) != 1 or len(self._segments) >= MAX_SEGMENTS:
             raise _Lie("it sent a segment in a way that is not agreed on, or too many")
-        self._segments[number] = memoryview(map_foreign(fds[0], nbytes))
+        self._segments[number] = memoryview(map_foreign(fds[0], nbytes, keep_fd=kind == _ADD))
         if kind == _ADD_FOR_ONE_FRAME:
             self._for_one_frame.add(number)
 
@@ -499,7 +500,7 @@ class ShmEndpoint(soft.Endpoint):
             self._announced.add(region.lkey)
         return told
 
-    def _tell(self, kind: int, number: int, segment: Buffer | None) -> bool:
+    def _tell(self, kind: int, number: int, segment: Buffer | ForeignMemory | None) -> bool:
         """Say something of a segment; False if the socket is full just now."""
         link = self._socket
         if link is None:

@@ -41,7 +41,7 @@ LAYERS = [
     ["rdmaxfer.send_stream", "rdmaxfer.recv_stream"],
     ["rdmaxfer.handshake", "rdmaxfer.waiting", "rdmaxfer.domains", "rdmaxfer.reconnecting"],
     ["rdmaxfer.node"],
-    ["rdmaxfer.receiver", "rdmaxfer.sender"],
+    ["rdmaxfer.receiver", "rdmaxfer.sender", "rdmaxfer.sharing"],
     ["rdmaxfer"],
     ["rdmaxfer.cli", "rdmaxfer.__main__"],
 ]

@@ -1,0 +1,138 @@
+#!/usr/bin/env python3
+"""What else rdmaxfer's goals are about, on one machine over verbs: one to many, the handshake, an idle receiver, importing.
+
+scripts/softroce_uml.sh -- .venv/bin/python bench/figures.py [--rounds 5] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+import rdmaxfer
+
+RECEIVE = """
+import sys, rdmaxfer
+count = int(sys.argv[1])
+receivers = [rdmaxfer.Receiver(fabric="verbs", slots=16, slot_bytes=4096, queue_pairs=1) for _ in range(count)]
+print(*(rx.bind("tcp://127.0.0.1:*") for rx in receivers), flush=True)
+while True:
+    for rx in receivers:
+        for frame in rx.recv_many(8):
+            if frame.nbytes == 1:
+                raise SystemExit
+            frame.release()
+"""
+IDLE = """
+import sys, rdmaxfer
+with rdmaxfer.Receiver(fabric="verbs") as rx:
+    print(rx.bind("tcp://127.0.0.1:*"), flush=True)
+    rx.recv()
+    rx.recv()
+"""
+
+
+def sending_us(receivers: int, frames: int = 2000) -> float:
+    """What a push of a registered frame of 4 KiB takes its caller, with so many receivers in one other process."""
+    command = [sys.executable, "-c", RECEIVE, str(receivers)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        with rdmaxfer.Sender(fabric="verbs", slots=16, queue_pairs=1) as sender:
+            for endpoint in other.stdout.readline().split():
+                sender.connect(endpoint)
+            array = np.zeros(4096, np.uint8)
+            sender.register(array)
+            for _ in range(frames // 10):
+                sender.push(array)
+            sender.flush(timeout=60)
+            start = time.perf_counter()
+            for _ in range(frames):
+                sender.push(array)
+            sender.flush(timeout=60)
+            took = time.perf_counter() - start
+            sender.push(np.zeros(1, np.uint8))
+            other.wait(60)
+            with contextlib.suppress(rdmaxfer.RdmaxferError):  # that process has gone
+                sender.flush(timeout=1)
+    return took / frames * 1e6
+
+
+def handshake_ms(fabric: str) -> float:
+    """From no Sender at all to the first frame handed over, to a receiver that waits."""
+    with rdmaxfer.Receiver(fabric=fabric) as receiver:
+        endpoint = receiver.bind("tcp://127.0.0.1:*")
+        start = time.perf_counter()
+        with rdmaxfer.Sender(fabric=fabric) as sender:
+            sender.connect(endpoint)
+            took = time.perf_counter() - start
+    return took * 1e3
+
+
+def idle_percent(seconds: float = 5.0) -> float:
+    """Share of a core that a receiver takes which waits for frames that don't come."""
+    with subprocess.Popen([sys.executable, "-c", IDLE], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        with rdmaxfer.Sender(fabric="verbs") as sender:
+            sender.connect(other.stdout.readline().strip())
+            sender.push(np.zeros(10))
+            sender.flush(timeout=60)
+            before = cpu_s(other.pid)
+            time.sleep(seconds)
+            used = cpu_s(other.pid) - before
+            sender.push(np.zeros(10))
+            sender.flush(timeout=60)
+        other.wait(60)
+    return used / seconds * 100
+
+
+def cpu_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def import_ms(rounds: int) -> float:
+    """`import rdmaxfer` above numpy and zmq."""
+
+    def took(code: str) -> float:
+        timed = f"import time; t = time.perf_counter(); {code}; print(time.perf_counter() - t)"
+        done = subprocess.run([sys.executable, "-c", timed], capture_output=True, text=True, check=True, cwd="/")
+        return float(done.stdout) * 1e3
+
+    pairs = [(took("import numpy, zmq, rdmaxfer"), took("import numpy, zmq")) for _ in range(rounds)]
+    return statistics.median(a for a, _ in pairs) - statistics.median(b for _, b in pairs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", metavar="FILE")
+    args = parser.parse_args()
+    one, eight = [], []
+    for number in range(args.rounds):
+        for count, found in ((1, one), (8, eight)) if number % 2 else ((8, eight), (1, one)):
+            found.append(sending_us(count))
+    result: dict[str, float] = {
+        "one_us": statistics.median(one),
+        "eight_us": statistics.median(eight),
+        "idle_percent": statistics.median(idle_percent() for _ in range(3)),
+        "import_ms": import_ms(args.rounds),
+    }
+    for fabric in ("verbs", "shm", "tcp"):
+        result[f"handshake_{fabric}_ms"] = statistics.median(handshake_ms(fabric) for _ in range(args.rounds))
+    for name, value in result.items():
+        print(f"{name:>20} {value:10.2f}")
+    if args.json:
+        Path(args.json).write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
