@@ -294,7 +294,7 @@ class Receiver(Node[RecvLink, RecvStream]):
     def statistics(self) -> ReceiverStatistics:
         """A snapshot of the counters."""
         with self._lock:
-            for stream in self._streams.values():
+            for stream in [*self._streams.values(), *self._draining]:
                 stream.collect()
             return ReceiverStatistics(
                 peers=len(self._links),
@@ -382,7 +382,7 @@ class Receiver(Node[RecvLink, RecvStream]):
             return
         try:
             self._ticking = False
-            for stream in self._streams.values():
+            for stream in [*self._streams.values(), *self._draining]:
                 stream.collect()
             for link in self._links:
                 link.give_kept_credit()

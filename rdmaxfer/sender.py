@@ -10,7 +10,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -25,6 +25,7 @@ from rdmaxfer.errors import (
     ForkedError,
     FrameError,
     FrameTooLarge,
+    NotConnected,
     PeerLost,
     RdmaxferError,
     RemoteProtocolError,
@@ -60,6 +61,9 @@ log = logging.getLogger("rdmaxfer")
 
 MAX_BORROWED = 64
 """Pieces of memory of Receivers that stay registered for `forward`, if they are not in use."""
+
+PUSHING_FAILED = (TimeoutExpired, PeerLost, NotConnected, ClosedError, ForkedError)
+"""Errors that are not about what was to be pushed."""
 
 BATCH = 16
 """Frames that `push_many` posts at once at the most."""
@@ -311,15 +315,21 @@ class Sender(Node[SendLink, SendStream]):
         deadline = Deadline(timeout)
         pushed: list[int] = []
         batch: list[_Prepared] = []
+        source = iter(arrays)
         try:
-            try:
-                for array in arrays:
-                    prepared = self._prepare(array, batch, pushed, packed, captured_ns, deadline)
-                    batch.append(prepared)
-                    if len(batch) >= BATCH:
+            while True:
+                try:
+                    prepared = self._prepare_next(source, batch, pushed, packed, captured_ns, deadline)
+                except Exception as error:
+                    if not isinstance(error, PUSHING_FAILED):  # it is about this array, and not about those before it
                         self._push_batch(batch, pushed, packed, captured_ns, deadline)
-            finally:  # what was handed over before an array that can't be sent
-                self._push_batch(batch, pushed, packed, captured_ns, deadline)
+                    raise
+                if prepared is None:
+                    break
+                batch.append(prepared)
+                if len(batch) >= BATCH:
+                    self._push_batch(batch, pushed, packed, captured_ns, deadline)
+            self._push_batch(batch, pushed, packed, captured_ns, deadline)
         except RdmaxferError as error:
             error.pushed = tuple(pushed)
             raise
@@ -329,17 +339,22 @@ class Sender(Node[SendLink, SendStream]):
                     self._discard_staged(each.staging, each.holder)
         return pushed
 
-    def _prepare(
+    def _prepare_next(
         self,
-        array: npt.ArrayLike,
+        arrays: Iterator[npt.ArrayLike],
         batch: list[_Prepared],
         pushed: list[int],
         metadata: bytes,
         captured_ns: int,
         deadline: Deadline,
-    ) -> _Prepared:
-        """Get an array ready to be sent. If there is no staging memory, `batch` goes first, as it has some."""
-        data = _as_array(array)
+    ) -> _Prepared | None:
+        """Get the next array ready to be sent; None if there is none. If there is no staging memory, `batch`, which has some,
+        goes first."""
+        for array in arrays:
+            data = _as_array(array)
+            break
+        else:
+            return None
         kind = frame_type(data.shape, data.dtype)
         holder = Holder()
         if self._is_registered(data):

@@ -81,7 +81,7 @@ host_tests=("$checkout/tests/unit" "$checkout/tests/fuzz")
 [[ -z $(find "$checkout/tests/local" -name 'test_*.py' -print -quit 2>/dev/null) ]] || host_tests+=("$checkout/tests/local")
 
 # What is selected, and the seconds that a guest may take.
-only='' uml_s=3000 vm_s=900
+only='' uml_s=3600 vm_s=900
 if [[ -n $soak ]]; then
   export RDMAXFER_SOAK=1
   only=' and (soak or counted)' uml_s=36000 vm_s=36000

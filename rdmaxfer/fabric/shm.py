@@ -356,11 +356,14 @@ class ShmEndpoint(soft.Endpoint):
         link = self._socket
         while link is not None:
             try:
-                data, fds, _, _ = socket.recv_fds(link, _SEGMENT.size + 1, 1, socket.MSG_CMSG_CLOEXEC)
+                data, fds, flags, _ = socket.recv_fds(link, _SEGMENT.size + 1, 1, socket.MSG_CMSG_CLOEXEC)
             except BlockingIOError:
                 return
             except OSError:
-                data, fds = b"", []
+                data, fds, flags = b"", [], 0
+            if flags & socket.MSG_CTRUNC and not fds:
+                self.broke("this process may not open more files, of which each segment takes two: raise `ulimit -n`")
+                return
             if not data:
                 self._ended()
                 return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,25 @@ def test_what_comes_before_an_array_that_cant_be_sent_is_sent() -> None:
         assert tx.push_many([picture(4)], timeout=TIMEOUT_S) == [2]
         assert take(rx, 1) == [(2, picture(4).tobytes())]
         tx.flush(timeout=TIMEOUT_S)
+
+
+def test_what_comes_before_a_frame_that_is_too_large_is_sent() -> None:
+    with pair(receiver={"max_frame_bytes": 1 << 20}) as (tx, rx):
+        with pytest.raises(rdmaxfer.FrameTooLarge) as caught:
+            tx.push_many([picture(0), np.zeros(2 << 20, np.uint8)], timeout=TIMEOUT_S)
+        assert caught.value.pushed == (0,)
+        assert take(rx, 1) == [(0, picture(0).tobytes())]
+
+
+def test_what_comes_before_an_error_of_the_iterator_is_sent() -> None:
+    def arrays() -> Iterator[Any]:
+        yield picture(0)
+        raise ZeroDivisionError
+
+    with pair() as (tx, rx):
+        with pytest.raises(ZeroDivisionError):
+            tx.push_many(arrays(), timeout=TIMEOUT_S)
+        assert take(rx, 1) == [(0, picture(0).tobytes())]
 
 
 @pytest.mark.parametrize("registered", [False, True])
