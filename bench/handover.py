@@ -19,7 +19,7 @@ import time
 
 import rdmaxfer
 
-WARM_UP = 64
+WARM_UP = 16
 """Each slot was used, mapped and registered by then."""
 
 
@@ -83,7 +83,7 @@ def main() -> None:
         for number in range(args.rounds):
             for fabric in args.fabrics if number % 2 else reversed(args.fabrics):
                 args.fabric, args.size = fabric, size
-                args.count = 2000 if fabric == "shm" or size < 1 << 20 else max(20, (512 << 20) // size)
+                args.count = 300 if fabric == "shm" or size < 1 << 20 else max(8, (100 << 20) // size)
                 found[fabric].append(measure(args))
         for fabric in args.fabrics:
             trip, push = (1e6 * statistics.median(each) for each in zip(*found[fabric], strict=True))

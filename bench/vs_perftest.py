@@ -46,7 +46,7 @@ import rdmaxfer
 from rdmaxfer.fabric.devices import choose_gid, list_devices
 from rdmaxfer.fabric.route import local_ip_towards
 
-SIZES = {64: 8000, 4096: 8000, 65536: 3000, 1 << 20: 600, 8 << 20: 80, 64 << 20: 20}
+SIZES = {64: 8000, 4096: 8000, 65536: 3000, 1 << 20: 600, 8 << 20: 80}
 """Payload bytes -> frames a round."""
 WARM_UP = 0.1
 """Share of a round's frames that are pushed before the clock starts."""

@@ -448,9 +448,7 @@ class Sender(Node[SendLink, SendStream]):
         kind = frame_type(shape, dtype)
         holder = Holder()
         staging = self._stage(kind, holder, Deadline(timeout))
-        return Slot(
-            self, staging, holder, staging.buffer.array(0, kind.shape, kind.dtype, writable=True), metadata, timeout
-        )
+        return Slot(self, staging, holder, staging.array(kind.shape, kind.dtype), metadata, timeout)
 
     def forward(
         self,
@@ -1147,9 +1145,9 @@ def _address(data: np.ndarray[Any, Any]) -> int:
 def _copy(data: np.ndarray[Any, Any], staging: StagingSlot) -> None:
     if data.flags.c_contiguous:
         # As bytes: numpy leaves out the padding of structures.
-        copy_into(staging.buffer.array(0, (data.nbytes,), np.uint8, writable=True), data.reshape(-1).view(np.uint8))
+        copy_into(staging.array((data.nbytes,), np.uint8), data.reshape(-1).view(np.uint8))
         return
-    target = staging.buffer.array(0, data.shape, data.dtype, writable=True)
+    target = staging.array(data.shape, data.dtype)
     if data.dtype.fields is not None:
         target.reshape(-1).view(np.uint8)[...] = 0  # nothing of an earlier frame is to show through the padding
         np.copyto(target, data, casting="no")

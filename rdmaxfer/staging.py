@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from rdmaxfer.errors import FrameError
 from rdmaxfer.memory import Buffer
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 
 PAGE = 4096
+ARENA_SLOTS = 8
+ARENA_UP_TO = 16 << 20
+"""Larger slots have shared memory of their own: the kernel might not promise eight times as much."""
 
 
 class Holder:
@@ -77,15 +81,19 @@ class Source:
 
 
 class StagingSlot(Source):
-    """One staging slot. It is free when its holder is gone."""
+    """One staging slot: `nbytes` of a buffer. It is free when its holder is gone."""
 
-    __slots__ = ("_use", "buffer")
+    __slots__ = ("_use", "buffer", "offset")
 
-    def __init__(self, nbytes: int, *, shared: bool = False) -> None:
-        buffer = Buffer(nbytes, shared=shared)
-        super().__init__(buffer.address, buffer.nbytes, buffer)
+    def __init__(self, buffer: Buffer, offset: int, nbytes: int) -> None:
+        super().__init__(buffer.address + offset, nbytes, buffer)
         self.buffer = buffer
+        self.offset = offset
         self._use: _Use | None = None
+
+    def array(self, shape: Sequence[int], dtype: npt.DTypeLike) -> np.ndarray[Any, Any]:
+        """A writable array at its beginning."""
+        return self.buffer.array(self.offset, shape, dtype, writable=True)
 
     @property
     def free(self) -> bool:
@@ -117,6 +125,8 @@ class StagingPool:
         """May be changed at any time; slots that are there already stay."""
         self.shared = False
         """Whether slots have to be such that other processes can map them."""
+        self._arena: tuple[Buffer | None, int] = (None, 0)
+        """The latest shared memory, and how much of it is in slots. Nothing of it is there before it is used."""
         self._all: list[StagingSlot] = []
         self._gone: list[weakref.ref[Holder]] = []
         """Uses that have ended. Their slots may be in use again, and not all slots that are free are here."""
@@ -135,7 +145,7 @@ class StagingPool:
         if slot is None or slot.nbytes < nbytes or (self.shared and slot.buffer.fd is None):
             # Registering takes longer than copying: leave room, so that frames which grow little by little don't need it each time.
             grown = slot is not None and slot.nbytes < nbytes
-            fresh = StagingSlot(_rounded(nbytes * 5 // 4 if grown else nbytes), shared=self.shared)
+            fresh = self._new_slot(_rounded(nbytes * 5 // 4 if grown else nbytes))
             if slot is None:
                 self._all.append(fresh)
             else:
@@ -144,6 +154,16 @@ class StagingPool:
             slot = fresh
         slot.hold(holder, self._gone.append)
         return slot
+
+    def _new_slot(self, nbytes: int) -> StagingSlot:
+        if not self.shared:
+            return StagingSlot(Buffer(nbytes), 0, nbytes)
+        # Each piece of shared memory takes two file descriptors here and in every process that maps it: so several slots have one.
+        arena, used = self._arena
+        if arena is None or arena.nbytes - used < nbytes:
+            arena, used = Buffer(ARENA_SLOTS * nbytes if nbytes <= ARENA_UP_TO else nbytes, shared=True), 0
+        self._arena = (arena, used + nbytes)
+        return StagingSlot(arena, used, nbytes)
 
     def reclaim(self, used: set[Source]) -> None:
         """Free what frames had that are not in `used` any more."""
@@ -173,6 +193,7 @@ class StagingPool:
     def close(self) -> None:
         """Unregister all slots; nothing may read from them any more."""
         self._gone.clear()
+        self._arena = (None, 0)
         while self._all:
             self._all.pop().unregister()
 

@@ -24,7 +24,8 @@ while (($#)); do
   esac
 done
 
-install_requirements gcc perftest
+install_requirements gcc
+need_packages --apt perftest --dnf perftest
 "$here/softroce_uml.sh" tools
 "$here/softroce_uml.sh" build
 make_venv bench

@@ -123,26 +123,50 @@ class ShmDomain(Owner):
 
 
 class ShmRegion(soft.Region):
-    """Memory to send from. `segment`: the buffer that can be shared, if it can."""
+    """Memory to send from. `segment`: the shared memory in which it lies, if it does; `number`: by which peers know that."""
 
     def __init__(
         self, pd: ShmProtectionDomain, address: int, nbytes: int, keepalive: object, *, remote_write: bool
     ) -> None:
         self.segment: Buffer | ForeignMemory | None = None
-        if isinstance(keepalive, Buffer | ForeignMemory) and keepalive.fd is not None and keepalive.address == address:
+        self.number = 0
+        if isinstance(keepalive, Buffer | ForeignMemory) and _is_shared_part(keepalive, address, nbytes):
             self.segment = keepalive
+            self.number = pd.use_segment(keepalive)
         super().__init__(pd, address, nbytes, keepalive, remote_write=remote_write)
 
     def _destroy(self) -> None:
         assert isinstance(self._parent, ShmProtectionDomain)
-        for child in self._parent._children:
-            if isinstance(child, ShmEndpoint):
-                child.forget(self.lkey)
+        if self.segment is not None:
+            self._parent.leave_segment(self.segment)
         super()._destroy()
 
 
 class ShmProtectionDomain(soft.ProtectionDomain):
     """... whose endpoints are connected by shared memory."""
+
+    def __init__(self, domain: ShmDomain) -> None:
+        self._numbers: dict[int, tuple[int, int]] = {}
+        """Of segments, by their address: number, and in how many regions they are."""
+        super().__init__(domain)
+
+    def use_segment(self, segment: Buffer | ForeignMemory) -> int:
+        """Its number."""
+        number, uses = self._numbers.get(segment.address, (0, 0))
+        number = number or self.new_key()
+        self._numbers[segment.address] = (number, uses + 1)
+        return number
+
+    def leave_segment(self, segment: Buffer | ForeignMemory) -> None:
+        """A region in it was closed. After the last, no peer keeps it."""
+        number, uses = self._numbers[segment.address]
+        if uses > 1:
+            self._numbers[segment.address] = (number, uses - 1)
+            return
+        del self._numbers[segment.address]
+        for child in self._children:
+            if isinstance(child, ShmEndpoint):
+                child.forget(number)
 
     def endpoint(
         self,
@@ -435,7 +459,8 @@ class ShmEndpoint(soft.Endpoint):
                 raise VerbsError("memory was to be sent that is not registered.", verb="post_send", errno=22)
             region = found
             region.part(address, nbytes)
-            item.segment, item.offset = lkey, address - region.address
+            start = region.segment.address if region.segment is not None else region.address
+            item.segment, item.offset = region.number, address - start
         self._post(header_address, wr_id, signaled, region, address)
 
     def write_imm(self, imm: int, wr_id: int, lane: int = 0) -> None:
@@ -496,11 +521,11 @@ class ShmEndpoint(soft.Endpoint):
 
     def _known(self, region: ShmRegion | None) -> bool:
         """Whether the peer has been told of a segment; tells it."""
-        if region is None or region.lkey in self._announced:
+        if region is None or region.number in self._announced:
             return True
-        told = region.segment is not None and self._tell(_ADD, region.lkey, region.segment)
+        told = region.segment is not None and self._tell(_ADD, region.number, region.segment)
         if told:
-            self._announced.add(region.lkey)
+            self._announced.add(region.number)
         return told
 
     def _tell(self, kind: int, number: int, segment: Buffer | ForeignMemory | None) -> bool:
@@ -691,6 +716,11 @@ class ShmEndpoint(soft.Endpoint):
 
 _ETOOMANYREFS: Final = 109
 _FIELDS: Final = ("kind", "imm", "rkey", "data_bytes", "address", "nbytes", "offset", "segment")
+
+
+def _is_shared_part(memory: Buffer | ForeignMemory, address: int, nbytes: int) -> bool:
+    end = memory.address + memory.nbytes
+    return memory.fd is not None and memory.address <= address and address + nbytes <= end
 
 
 def _name(key: bytes) -> str:
