@@ -99,7 +99,7 @@ static int room(const sx_ep *e) {
 int sx_post(sx_ep *e, const sx_item *item, const void *data, uint64_t wr_id, int signaled) {
     if (item->data_bytes > SX_ROOM)
         return -EINVAL;
-    if (signaled && e->done_tail - e->done_head > e->done_mask)
+    if (signaled && e->done_tail - __atomic_load_n(&e->done_head, __ATOMIC_ACQUIRE) > e->done_mask)
         return 0;
     if (item->kind != SX_EMPTY) {
         int free_ = room(e);
@@ -120,13 +120,15 @@ int sx_post(sx_ep *e, const sx_item *item, const void *data, uint64_t wr_id, int
             __atomic_exchange_n(&e->out.control->sleeps, 0, __ATOMIC_SEQ_CST))
             kick(e->peer_fd);
     }
-    e->posted++;
-    if (signaled)
-        e->wr_ids[e->done_tail++ & e->done_mask] = wr_id;
+    __atomic_store_n(&e->posted, e->posted + 1, __ATOMIC_RELEASE);
+    if (signaled) { /* whoever takes completions may be another thread, at this moment */
+        e->wr_ids[e->done_tail & e->done_mask] = wr_id;
+        __atomic_store_n(&e->done_tail, e->done_tail + 1, __ATOMIC_RELEASE);
+    }
     return 1;
 }
 
-uint64_t sx_posted(const sx_ep *e) { return e->posted; }
+uint64_t sx_posted(const sx_ep *e) { return __atomic_load_n(&e->posted, __ATOMIC_ACQUIRE); }
 
 /* --- taking out ---------------------------------------------------------------------------------------------------- */
 
@@ -135,13 +137,14 @@ static int64_t waiting(const sx_ep *e) {
     uint64_t there = __atomic_load_n(&e->in.control->tail, __ATOMIC_ACQUIRE) - e->head;
     if (there > e->mask + 1)
         return -EPROTO;
-    uint64_t allowed = e->receives - e->head;
+    uint64_t allowed = __atomic_load_n(&e->receives, __ATOMIC_ACQUIRE) - e->head;
     return (int64_t)(there < allowed ? there : allowed);
 }
 
 int sx_completed(const sx_ep *e, uint64_t *wr_ids, int max) {
     int n = 0;
-    for (uint64_t i = e->done_head; i != e->done_tail && n < max; i++)
+    uint64_t tail = __atomic_load_n(&e->done_tail, __ATOMIC_ACQUIRE);
+    for (uint64_t i = e->done_head; i != tail && n < max; i++)
         wr_ids[n++] = e->wr_ids[i & e->done_mask];
     return n;
 }
@@ -162,7 +165,7 @@ int sx_arrived(const sx_ep *e, sx_item *items, int max) {
 const void *sx_data(const sx_ep *e, int i) { return e->in.records[(e->head + (uint64_t)i) & e->mask].data; }
 
 void sx_consume(sx_ep *e, uint64_t completed, uint64_t arrived) {
-    e->done_head = completed;
+    __atomic_store_n(&e->done_head, completed, __ATOMIC_RELEASE);
     if (arrived == e->head)
         return;
     e->head = arrived;
@@ -177,9 +180,11 @@ uint64_t sx_completed_before(const sx_ep *e) { return e->done_head; }
 
 uint64_t sx_arrived_before(const sx_ep *e) { return e->head; }
 
-void sx_set_receives(sx_ep *e, uint64_t total) { e->receives = total; }
+void sx_set_receives(sx_ep *e, uint64_t total) { __atomic_store_n(&e->receives, total, __ATOMIC_RELEASE); }
 
-int sx_ready(const sx_ep *e) { return e->done_head != e->done_tail || waiting(e) != 0; }
+int sx_ready(const sx_ep *e) {
+    return e->done_head != __atomic_load_n(&e->done_tail, __ATOMIC_ACQUIRE) || waiting(e) != 0;
+}
 
 /* --- waiting ------------------------------------------------------------------------------------------------------- */
 

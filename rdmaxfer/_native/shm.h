@@ -6,7 +6,7 @@
  *
  * - What the peer writes is not believed: own indices are kept in own memory, its indices are looked at once and checked, and items are
  *   copied before they are.
- * - Threads: one end's calls exclude each other, but for sx_wait.
+ * - Threads: one thread at a time posts to an end, and one takes from it (or waits for it); the two may be different ones.
  */
 #ifndef RDMAXFER_SHM_H
 #define RDMAXFER_SHM_H

@@ -21,6 +21,7 @@ import os
 import secrets
 import socket
 import struct
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -233,6 +234,8 @@ class ShmEndpoint(soft.Endpoint):
         self._guests: list[socket.socket] = []
         self._socket: socket.socket | None = None
         self._backlog: deque[_Waiting] = deque()
+        self._pumping = threading.Lock()
+        """Whoever posts, and whoever polls, may find room for what waits."""
         self._posted_before = 0
         self._announced: set[int] = set()
         """Segments that the peer was told of."""
@@ -551,6 +554,11 @@ class ShmEndpoint(soft.Endpoint):
 
     def _pump(self) -> None:
         """Put into the queue what waits."""
+        if self._backlog and self.ep is not None:
+            with self._pumping:
+                self._pump_all()
+
+    def _pump_all(self) -> None:
         while self._backlog and self.ep is not None and not self.error:
             waiting = self._backlog[0]
             if waiting.ordinal >= self._lib.sx_posted(self.ep):  # else it was, and Ctrl-C came
@@ -567,6 +575,8 @@ class ShmEndpoint(soft.Endpoint):
                     self.broke("the peer broke the rules of shared memory: its index is impossible")
                 if rc != 1:
                     return
+                if waiting.signaled and self.asleep:
+                    self.wake()
             self._backlog.popleft()
 
     @property
