@@ -235,9 +235,11 @@ class Receiver(Node[RecvLink, RecvStream]):
         ready = self._ready
         try:
             with self._lock:
-                if ready:
+                # What Ctrl-C has cut off comes first: the latest frame may be about to be made again.
+                at_once = bool(ready) and not self._waiter.unfinished
+                if at_once:
                     self._check_usable()
-                if not ready or self._next() is None:
+                if not at_once or self._next() is None:
                     self._waiter.wait_locked(self._next, Deadline(timeout), "waiting for a frame")
                 while ready and len(taken) < most:
                     entry = ready[0]

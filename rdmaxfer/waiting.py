@@ -152,6 +152,11 @@ class Waiter(Generic[L]):
         """Whether some thread is polling: then it will notice by itself what happens."""
         return self._leader
 
+    @property
+    def unfinished(self) -> bool:
+        """Whether completions were taken that were not handled yet."""
+        return self._poller is not None and self._poller.count > 0
+
     def settle(self) -> None:
         """Handle what has arrived by now, also if it is another thread that polls."""
         polls = self._polls
