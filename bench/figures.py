@@ -7,7 +7,6 @@ scripts/softroce_uml.sh -- .venv/bin/python bench/figures.py [--rounds 5] [--jso
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import statistics
@@ -25,12 +24,16 @@ import sys, rdmaxfer
 count = int(sys.argv[1])
 receivers = [rdmaxfer.Receiver(fabric="verbs", slots=16, slot_bytes=4096, queue_pairs=1) for _ in range(count)]
 print(*(rx.bind("tcp://127.0.0.1:*") for rx in receivers), flush=True)
-while True:
-    for rx in receivers:
+open_ones = list(receivers)
+while open_ones:
+    for rx in list(open_ones):
         for frame in rx.recv_many(8):
             if frame.nbytes == 1:
-                raise SystemExit
+                open_ones.remove(rx)
             frame.release()
+sys.stdin.readline()
+for rx in receivers:
+    rx.close()
 """
 IDLE = """
 import sys, rdmaxfer
@@ -44,7 +47,8 @@ with rdmaxfer.Receiver(fabric="verbs") as rx:
 def sending_us(receivers: int, frames: int = 2000) -> float:
     """What a push of a registered frame of 4 KiB takes its caller, with so many receivers in one other process."""
     command = [sys.executable, "-c", RECEIVE, str(receivers)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdin is not None
         assert other.stdout is not None
         with rdmaxfer.Sender(fabric="verbs", slots=16, queue_pairs=1) as sender:
             for endpoint in other.stdout.readline().split():
@@ -60,9 +64,9 @@ def sending_us(receivers: int, frames: int = 2000) -> float:
             sender.flush(timeout=60)
             took = time.perf_counter() - start
             sender.push(np.zeros(1, np.uint8))
-            other.wait(60)
-            with contextlib.suppress(rdmaxfer.RdmaxferError):  # that process has gone
-                sender.flush(timeout=1)
+            sender.flush(timeout=60)
+        other.stdin.close()
+        other.wait(60)
     return took / frames * 1e6
 
 

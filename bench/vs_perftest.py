@@ -291,10 +291,17 @@ def main() -> None:
         for kind, cpus in itertools.product(args.kinds, args.cpus):
             if kind == "bw" or cpus == "shared":
                 with split_cpus() if cpus == "split" else contextlib.nullcontext():
-                    results += [compare(args, kind, cpus, size) for size in args.sizes]
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump({"device": route.device, "mtu": route.active_mtu, "slots": args.slots, "rows": results}, file)
+                    for size in args.sizes:
+                        results.append(compare(args, kind, cpus, size))  # noqa: PERF401  # written below as they come
+                        if args.json:
+                            about = {
+                                "device": route.device,
+                                "mtu": route.active_mtu,
+                                "slots": args.slots,
+                                "rows": results,
+                            }
+                            with open(args.json, "w") as file:
+                                json.dump(about, file)
 
 
 def compare(args: argparse.Namespace, kind: str, cpus: str, size: int) -> dict[str, object]:
