@@ -292,7 +292,7 @@ def main() -> None:
             if kind == "bw" or cpus == "shared":
                 with split_cpus() if cpus == "split" else contextlib.nullcontext():
                     for size in args.sizes:
-                        results.append(compare(args, kind, cpus, size))  # noqa: PERF401  # written below as they come
+                        results.append(compare(args, kind, cpus, size))  # written below as they come
                         if args.json:
                             about = {
                                 "device": route.device,
