@@ -295,8 +295,11 @@ class Node(Generic[L, S]):
         while True:
             try:
                 return self._reach(stream, route, None if timeout is None else max(0.0, deadline.left_s()))
-            except Refused as error:
-                if error.code != messages.RefuseCode.FABRIC.value or self._fabric != "auto" or route.fabric == "tcp":
+            except (Refused, NoDevice) as error:
+                refused = isinstance(error, Refused) and error.code == messages.RefuseCode.FABRIC.value
+                # What this side itself can't do after all is another matter only for shared memory, of which nobody asks before.
+                failed = isinstance(error, NoDevice) and route.fabric == "shm"
+                if self._fabric != "auto" or route.fabric == "tcp" or not (refused or failed):
                     raise
                 if route.fabric == "shm":
                     log.info("not by shared memory: %s", error)

@@ -232,7 +232,7 @@ class Receiver(Node[RecvLink, RecvStream]):
 
     def _recv(self, most: int, timeout: float | None) -> list[Frame]:
         taken: list[tuple[tuple[int, int], Frame]] = []
-        ready = self._ready
+        ready, deadline = self._ready, Deadline(timeout)
         try:
             with self._lock:
                 # What Ctrl-C has cut off comes first: the latest frame may be about to be made again.
@@ -240,7 +240,7 @@ class Receiver(Node[RecvLink, RecvStream]):
                 if at_once:
                     self._check_usable()
                 if not at_once or self._next() is None:
-                    self._waiter.wait_locked(self._next, Deadline(timeout), "waiting for a frame")
+                    self._waiter.wait_locked(self._next, deadline, "waiting for a frame")
                 while ready and len(taken) < most:
                     entry = ready[0]
                     taken.append(entry)
@@ -251,7 +251,6 @@ class Receiver(Node[RecvLink, RecvStream]):
                     if gap is not None:
                         self._missed += gap.count
             if self._sharing is not None:
-                deadline = Deadline(timeout)
                 for _, frame in taken:
                     self._sharing.forward(frame, deadline)
             if self._copy:

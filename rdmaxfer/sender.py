@@ -481,6 +481,16 @@ class Sender(Node[SendLink, SendStream]):
             source = self._source_of(memory)
             return self._push(kind, source, address, holder, packed, frame.captured_ns, deadline)
 
+    @property
+    def next_seq(self) -> int:
+        """Sequence number of the next frame."""
+        return self._seq
+
+    @property
+    def heard(self) -> bool:
+        """Whether there is a receiver."""
+        return bool(self._streams)
+
     def wait_for_release(self, seen: int) -> int:
         """Wait until receivers have released more frames, or have gone, than when this returned `seen` (0 at first), and no work
         request has their memory any more. Raises ClosedError."""

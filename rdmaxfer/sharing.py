@@ -99,15 +99,15 @@ class Sharing:
         """Give a frame to all that are attached now, once there is room for it at each. Called again for the same frame, after
         TimeoutExpired or Ctrl-C, it does so once."""
         lease = frame._lease
-        if lease is None or lease.forwarded or not self._sender.links():
+        if lease is None or lease.forwarded or not self._sender.heard:
             return
-        before = self._sender.statistics().frames
+        before = self._sender.next_seq
         try:
             with contextlib.suppress(PeerLost):  # who has gone needs no frames
                 left_s = deadline.left_s()
                 self._sender.forward(frame, timeout=None if math.isinf(left_s) else max(0.0, left_s))
         finally:
-            lease.forwarded = self._sender.statistics().frames != before
+            lease.forwarded = self._sender.next_seq != before
 
     def close(self, timeout_s: float) -> None:
         fd, self._fd = self._fd, -1

@@ -2,13 +2,13 @@
 #define _GNU_SOURCE
 #endif
 #include "shm.h"
+#include "spin.h"
 
 #include <errno.h>
 #include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
-#include <time.h>
 #include <unistd.h>
 
 #define LINE 64
@@ -205,20 +205,6 @@ int sx_arm(sx_ep **eps, int n) {
 void sx_disarm(sx_ep **eps, int n) {
     for (int i = 0; i < n; i++)
         __atomic_store_n(&eps[i]->in.control->sleeps, 0, __ATOMIC_RELAXED);
-}
-
-static uint64_t now_ns(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
-
-static void relax(void) {
-#if defined(__x86_64__) || defined(__i386__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    __asm__ __volatile__("yield");
-#endif
 }
 
 static int spin(sx_ep **eps, int n, uint64_t spin_ns) {

@@ -2,6 +2,7 @@
 #define _GNU_SOURCE /* dlvsym, pipe2, ppoll */
 #endif
 #include "verbs.h"
+#include "spin.h"
 
 #include <arpa/inet.h>
 #include <dlfcn.h>
@@ -13,7 +14,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
 #define BATCH 64                 /* work requests per doorbell, and completions per poll: what fits well on a stack */
@@ -435,20 +435,6 @@ static int poll_all(rx_ep **eps, int n, int first, rx_wc *out, int max, rx_error
         got += rc;
     }
     return got;
-}
-
-static uint64_t now_ns(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
-
-static void relax(void) {
-#if defined(__x86_64__) || defined(__i386__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    __asm__ __volatile__("yield");
-#endif
 }
 
 /* An armed CQ whose event has not been read needs no second system call: its event is in the channel, or will be. */

@@ -79,18 +79,24 @@ class Shared(Owner):
         self._keep_up()
 
     def prepare(self, timeout_s: float | None) -> float | None:
-        """Somebody is about to sleep on `fd`, and perhaps other things, for so long: how long it may be."""
+        """Somebody is about to sleep on `fd` and other things for so long: how long it may be. Peers wake us from now on."""
+        timeout_s = self._limit(timeout_s)
+        return 0.0 if self._lib.sx_arm(self._eps, len(self._eps)) else timeout_s
+
+    def _limit(self, timeout_s: float | None) -> float | None:
         self._keep_up()
         for endpoint in self._endpoints:
             endpoint.asleep = True
             if endpoint.ends_s is not None:
                 left_s = max(0.0, endpoint.ends_s - time.monotonic())
                 timeout_s = left_s if timeout_s is None else min(timeout_s, left_s)
-        return 0.0 if self._lib.sx_arm(self._eps, len(self._eps)) else timeout_s
+        return timeout_s
 
     def wait(self, spin_s: float, timeout_s: float | None) -> None:
         """Sleep until something has happened, and take it in."""
-        timeout_s = self.prepare(timeout_s)
+        timeout_s = self._limit(
+            timeout_s
+        )  # not `prepare`: while this spins, nobody has to wake it, which is a system call
         count = self._lib.sx_wait(
             self._eps,
             len(self._eps),

@@ -263,7 +263,7 @@ class ShmEndpoint(soft.Endpoint):
     # --- connecting ----------------------------------------------------------------------------------------------------
 
     def _listen(self) -> None:
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        listener = _new_socket()
         try:
             listener.bind(_name(self._key))
             listener.listen(MAX_GUESTS)
@@ -280,10 +280,11 @@ class ShmEndpoint(soft.Endpoint):
         if self.route.bound:
             return
         queues = Buffer(self._lib.sx_bytes(self._capacity), shared=True)
-        own_fd, peer_fd = (os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(2))
-        self._eventfds = [own_fd, peer_fd]
-        link = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        link = _new_socket()
         try:
+            for _ in range(2):
+                self._eventfds.append(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+            own_fd, peer_fd = self._eventfds
             link.connect(_name(key))
             _check_user(link)
             assert queues.fd is not None
@@ -330,7 +331,7 @@ class ShmEndpoint(soft.Endpoint):
 
     def _accept(self) -> None:
         assert self._listener is not None
-        with contextlib.suppress(BlockingIOError):
+        with contextlib.suppress(OSError):  # nobody is there (any more), or there are no more descriptors: later, then
             while True:
                 guest, _ = self._listener.accept()
                 guest.setblocking(False)
@@ -731,6 +732,13 @@ _FIELDS: Final = ("kind", "imm", "rkey", "data_bytes", "address", "nbytes", "off
 def _is_shared_part(memory: Buffer | ForeignMemory, address: int, nbytes: int) -> bool:
     end = memory.address + memory.nbytes
     return memory.fd is not None and memory.address <= address and address + nbytes <= end
+
+
+def _new_socket() -> socket.socket:
+    try:
+        return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+    except OSError as error:
+        raise NoDevice(f"no Unix socket could be made: {error.strerror}.", fix="raise `ulimit -n`.") from None
 
 
 def _name(key: bytes) -> str:

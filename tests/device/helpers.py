@@ -56,9 +56,9 @@ def resources() -> dict[str, int]:
 
 
 def _open_owners() -> dict[str, int]:
-    names = (type(owner).__name__ for root in list(Owner._roots) for owner in _and_children(root))
-    # A sender makes staging memory anew that a dead peer may go on to read, when it needs it.
-    return dict(collections.Counter(name for name in names if name != "ShmRegion"))
+    return dict(
+        collections.Counter(type(owner).__name__ for root in list(Owner._roots) for owner in _and_children(root))
+    )
 
 
 def _at_rest(look: Callable[[], dict[str, int]]) -> dict[str, int]:

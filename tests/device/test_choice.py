@@ -11,6 +11,7 @@ import pytest
 from helpers import TIMEOUT_S, check_frames, picture, wait_until
 
 import rdmaxfer
+from rdmaxfer.fabric.shm import ShmEndpoint
 
 pytestmark = pytest.mark.verbs
 BINDS = pytest.mark.parametrize("bind", ["sender", "receiver"])
@@ -76,6 +77,17 @@ def test_tcp_if_one_side_wants_it_and_a_line_in_the_log(bind: str, caplog: pytes
 def test_what_is_asked_for_is_not_a_surprise(bind: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "rdmaxfer"), connected(bind, "auto", "tcp"):
         assert not [record for record in caplog.records if "over tcp" in record.getMessage()]
+
+
+@BINDS
+def test_verbs_where_shared_memory_turns_out_to_fail(bind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(endpoint: ShmEndpoint, **_: object) -> None:
+        if not endpoint.route.bound:
+            raise rdmaxfer.NoDevice("this machine forbids it.")
+
+    monkeypatch.setattr(ShmEndpoint, "connect", fail)
+    with connected(bind, None, None) as told:
+        assert {change.fabric for change in told} == {"verbs"}
 
 
 @BINDS

@@ -1,4 +1,5 @@
-"""The tcp fabric by itself: what strangers and liars at a data port can do (nothing), and what its completions promise."""
+"""The tcp fabric by itself: what strangers and liars at a data port can do (nothing), and what its completions promise
+beyond what all fabrics do (tests/device/test_contract.py)."""
 
 from __future__ import annotations
 
@@ -88,26 +89,6 @@ def frame(wc: Any) -> bytes:
     return bytes(header) + bytes(payload)
 
 
-@pytest.mark.parametrize("direction", ["to the bound side", "from it"])
-def test_a_write_arrives_with_its_immediate(sides: tuple[Side, Side], direction: str) -> None:
-    target, source = sides if direction == "to the bound side" else sides[::-1]
-    for size in (8, 9, 100, NBYTES):
-        data = os.urandom(size)
-        source.write(target, data, imm=size, wr_id=size)
-        (arrived,) = target.take(1)
-        assert (arrived.is_recv, arrived.status, arrived.has_imm, arrived.imm, arrived.byte_len) == (
-            True,
-            0,
-            True,
-            size,
-            size,
-        )
-        assert frame(arrived) == data
-        (sent,) = source.take(1)
-        assert (sent.is_recv, sent.status, sent.wr_id) == (False, 0, size)
-        target.endpoint.repost_recv([arrived.wr_id])
-
-
 def test_what_is_posted_before_the_peer_is_there_waits_for_it(stack: ExitStack) -> None:
     bound, other = Side(stack, bound=True), Side(stack, bound=False)
     bound.write(other, b"x" * 100)
@@ -115,18 +96,6 @@ def test_what_is_posted_before_the_peer_is_there_waits_for_it(stack: ExitStack) 
     there = bound.endpoint.address
     other.endpoint.connect(port=there.port, key=there.key, peer_key=None)
     assert frame(other.take(1)[0]) == b"x" * 100
-
-
-def test_no_more_is_taken_than_there_are_receives(sides: tuple[Side, Side]) -> None:
-    target, source = sides
-    for number in range(RECVS + 2):
-        source.write(target, b"h" * 8 + bytes([number]) * 50, imm=number, wr_id=number)
-    assert [wc.imm for wc in target.take(RECVS)] == list(range(RECVS))
-    target.nothing_comes()
-    target.endpoint.clear_reposted()
-    target.endpoint.repost_recv([0, 0])
-    assert target.endpoint.last_reposted == 2
-    assert [wc.imm for wc in target.take(2)] == [RECVS, RECVS + 1]
 
 
 def lies(target: Side) -> dict[str, list[bytes]]:
