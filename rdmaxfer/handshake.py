@@ -81,7 +81,9 @@ def refusal(message: Hello | Ready | Resize, code: RefuseCode, error: Exception 
 
 def refused_for_fabric(hello: Hello, error: DeviceError) -> Refuse:
     """This side can't do what the peer asks for: it has to be told to both, as the mending is to be done here."""
-    log.warning("%s was refused: %s", hello.name, error)
+    # Who offers shared memory mostly has something else to offer next, and does so at once.
+    level = logging.INFO if isinstance(hello.fabrics[0], messages.ShmAddress) else logging.WARNING
+    log.log(level, "%s was refused: %s", hello.name, error)
     fix = f"on the peer's machine: {error.fix}" if error.fix else "look at the peer's own messages."
     text = str(error).removesuffix(f" Fix: {error.fix}")
     return refusal(hello, RefuseCode.FABRIC, DeviceError(f"the peer can't take part: {text}", fix=fix))

@@ -78,6 +78,7 @@ def _run_with(child: subprocess.Popen[str], args: argparse.Namespace, files: lis
     print(f"pictures:  {args.count} frames of {_shape()} from {len(images)} photographs")
     endpoint = _answer(child)["endpoint"]
     before = counters.read(route.device, route.port)
+    args.fabric = "verbs"  # else it would be shared memory, on one machine
     with options.make_sender(args, slots=args.slots) as sender:
         sender.connect(endpoint)
         for link in sender.links():
