@@ -32,9 +32,15 @@ def back_to(before: dict[str, int]) -> bool:
 
 
 SENDER = """
-import sys, numpy as np, rdmaxfer
+import sys, threading, numpy as np, rdmaxfer
 how, endpoint = sys.argv[1:]
-with rdmaxfer.Sender(lease_s=1.0, slots=4, reconnect=False) as tx:
+lost = threading.Event()
+
+def on_state(change):
+    if change.state == "lost":
+        lost.set()
+
+with rdmaxfer.Sender(lease_s=1.0, slots=4, reconnect=False, on_state=on_state) as tx:
     if how == "connect":
         tx.connect(endpoint, timeout=60)
     else:
@@ -43,7 +49,13 @@ with rdmaxfer.Sender(lease_s=1.0, slots=4, reconnect=False) as tx:
     print("ready", flush=True)
     try:
         while True:
-            tx.push(np.zeros(100_000, np.uint8))
+            try:
+                tx.push(np.zeros(100_000, np.uint8), timeout=0.5)
+            except rdmaxfer.TimeoutExpired:
+                # A bound one whose frames were all released has lost nothing, and waits for the next receiver.
+                if how == "bind" and lost.is_set():
+                    print("PeerLost", flush=True)
+                    break
     except rdmaxfer.PeerError as error:
         print(type(error).__name__, flush=True)
 """
