@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rdmaxfer.errors import PeerLost, RdmaxferError, RemoteProtocolError
+from rdmaxfer.outgoing import MAX_PIECES
 
 if TYPE_CHECKING:
     from rdmaxfer.fabric.base import Endpoint
@@ -27,8 +28,9 @@ EXTRA_RECVS = 4
 
 
 def send_depth(slots: int) -> int:
-    """Work requests that a lane's send queue holds: two a slot, and enough to split a large frame where max_msg_sz is small."""
-    return max(64, 2 * slots + 16)
+    """Work requests that a lane's send queue holds: two a slot, enough to split a large frame where max_msg_sz is small, and one
+    for each piece that a frame may be gathered from."""
+    return max(64, 2 * slots + 16) + MAX_PIECES
 
 
 def recv_depth(slots: int) -> int:

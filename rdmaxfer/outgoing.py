@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
     from rdmaxfer.frame import FrameType
     from rdmaxfer.staging import Holder, Source
 
+MAX_PIECES: Final = 16
+"""Pieces of memory that a frame may be gathered from; of more it is made by copying."""
+
+
+class Piece(NamedTuple):
+    """Some registered memory."""
+
+    source: Source
+    address: int
+    nbytes: int
+
 
 class Outgoing:
     """Whoever has this has the frame's memory: it is reused when the last reference to `holder` is gone."""
 
-    __slots__ = ("address", "captured_ns", "holder", "kind", "metadata", "payload_bytes", "pushed_ns", "seq", "source")
+    __slots__ = ("captured_ns", "holder", "kind", "metadata", "payload_bytes", "pieces", "pushed_ns", "seq")
 
     def __init__(
         self,
         kind: FrameType,
-        source: Source,
-        address: int,
+        pieces: tuple[Piece, ...],
         holder: Holder,
         *,
         seq: int,
@@ -28,8 +38,8 @@ class Outgoing:
     ) -> None:
         self.kind = kind
         self.payload_bytes = kind.payload_bytes
-        self.source = source
-        self.address = address
+        self.pieces = pieces
+        """Where the payload lies, in its order; at least one."""
         self.holder = holder
         holder.sent = True
         self.seq = seq

@@ -238,7 +238,8 @@ class RecvLink(Link):
             block = bytes(payload[start - imm.header_bytes : start])
         header = framing.unpack(block, epoch=epoch, slot=imm.slot, position=position, slot_bytes=memory.slot_bytes)
         total_bytes = header.header_bytes + header.payload_bytes
-        if self.endpoint.wr_count(total_bytes) == 1 and written_bytes != total_bytes:
+        # A device counts the bytes of the last of the frame's messages only.
+        if written_bytes > total_bytes or (placed is not None and written_bytes < total_bytes):
             raise RemoteProtocolError(f"the sender wrote {written_bytes} bytes for a frame of {total_bytes}")
         # The flat array is the base of every view of the frame: when it goes, the lease ends. And as it is made from a read-only
         # memoryview, none of them can be made writable.

@@ -13,6 +13,7 @@ from rdmaxfer.cm.messages import RingAddress
 from rdmaxfer.errors import DeviceError, FrameTooLarge, PeerLost, RdmaxferError, RemoteProtocolError
 from rdmaxfer.link import Completion, Link, send_depth
 from rdmaxfer.memory import Buffer
+from rdmaxfer.outgoing import MAX_PIECES
 
 if TYPE_CHECKING:
     from rdmaxfer.cm.messages import Progress
@@ -119,9 +120,7 @@ class SendLink(Link):
 
     def can_push(self, nbytes: int) -> bool:
         """Whether a frame of `nbytes` could be written now."""
-        return self.ring.can_take() and self._room(self._next_lane) >= self.endpoint.wr_count(
-            nbytes + framing.HEADER_ROOM
-        )
+        return self.ring.can_take() and self._room(self._next_lane) >= self._most_wrs(nbytes)
 
     @property
     def _next_lane(self) -> _Lane:
@@ -132,7 +131,10 @@ class SendLink(Link):
 
     def fits_queue(self, nbytes: int) -> bool:
         """Whether a frame of `nbytes` is few enough work requests for the send queue at all."""
-        return self.endpoint.wr_count(nbytes + framing.HEADER_ROOM) <= self._depth
+        return self._most_wrs(nbytes) <= self._depth
+
+    def _most_wrs(self, nbytes: int) -> int:
+        return self.endpoint.wr_count(nbytes + framing.HEADER_ROOM) + MAX_PIECES - 1
 
     def push(self, out: Outgoing, gap: int) -> None:
         """Write one frame; `gap` says why numbers are missing before it. The caller has seen `can_push`; failures end the link."""
@@ -146,7 +148,9 @@ class SendLink(Link):
         payload_bytes = out.payload_bytes
         self.endpoint.clear_posted()
         try:
-            lkey = out.source.lkey(self.pd) if payload_bytes else 0
+            first = out.pieces[0]
+            lkey = first.source.lkey(self.pd) if payload_bytes else 0
+            more = [(each.address, each.nbytes, each.source.lkey(self.pd)) for each in out.pieces[1:]]
             header_bytes = out.kind.pack_into(
                 self._header_view,
                 end,
@@ -159,7 +163,8 @@ class SendLink(Link):
                 gap=gap,
                 metadata=out.metadata,
             )
-            signaled = self._record(lane, self.endpoint.wr_count(header_bytes + payload_bytes), position, out)
+            wrs = self.endpoint.wr_count(header_bytes + payload_bytes) + len(more)
+            signaled = self._record(lane, wrs, position, out)
             imm = inband.pack_frame_imm(remote.epoch, header_bytes, slot)
             ring.take()
             if not written or written[-1] is not out:
@@ -169,8 +174,8 @@ class SendLink(Link):
                 self._headers.address + end - header_bytes,
                 header_bytes,
                 self._header_lkey,
-                out.address,
-                payload_bytes,
+                first.address,
+                first.nbytes,
                 lkey,
                 remote.address + slot * remote.slot_stride + framing.HEADER_ROOM - header_bytes,
                 remote.rkey,
@@ -178,6 +183,7 @@ class SendLink(Link):
                 lane.posted,
                 signaled,
                 lane.number,
+                more,
             )
         except DeviceError as error:
             self._broke(error)

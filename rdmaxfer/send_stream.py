@@ -237,5 +237,6 @@ class SendStream(Stream[SendLink]):
         self.pending.clear()
         if self.lends:
             for out in self.written:
-                out.source.lent = True
+                for piece in out.pieces:
+                    piece.source.lent = True
         self.written.clear()

@@ -10,7 +10,8 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -18,7 +19,6 @@ import numpy as np
 import numpy.typing as npt
 
 from rdmaxfer.cm.messages import MAX_SLOT_BYTES, Accept, Hello, Progress, Refuse, RefuseCode, Resized, RingAddress
-from rdmaxfer.copying import copy_into
 from rdmaxfer.errors import (
     ClosedError,
     DeviceError,
@@ -39,7 +39,9 @@ from rdmaxfer.lease import Frame, Slot
 from rdmaxfer.link import recv_depth, send_depth
 from rdmaxfer.memory import Buffer, ForeignMemory
 from rdmaxfer.node import MAKING_S, Node, StateChange
-from rdmaxfer.outgoing import Outgoing
+from rdmaxfer.outgoing import Outgoing, Piece
+from rdmaxfer.payload import Payload, payload_of
+from rdmaxfer.registrations import Registrations, hold, let_go
 from rdmaxfer.send_link import SendLink
 from rdmaxfer.send_stream import TOO_LARGE, WHEN_FULL, Dropped, SendStream, WhenFull
 from rdmaxfer.staging import Holder, Registration, Source, StagingPool, StagingSlot
@@ -64,6 +66,9 @@ MAX_BORROWED = 64
 
 PUSHING_FAILED = (TimeoutExpired, PeerLost, NotConnected, ClosedError, ForkedError)
 """Errors that are not about what was to be pushed."""
+
+END: Any = object()
+"""Comes after the last array."""
 
 BATCH = 16
 """Frames that `push_many` posts at once at the most."""
@@ -188,7 +193,7 @@ class Sender(Node[SendLink, SendStream]):
         self._bound_policies: list[WhenFull] = []
         self._pool = StagingPool(2 * slots)
         self._pds: dict[Domain, ProtectionDomain] = {}
-        self._registrations: list[Registration] = []
+        self._registrations = Registrations(self._in_use)
         self._seq = 0
         self._bytes = 0
         self._copied = 0
@@ -206,6 +211,8 @@ class Sender(Node[SendLink, SendStream]):
         """Connections that have ended, and use no memory any more."""
         self._borrowed: dict[int, Source] = {}
         """Memory of Receivers that frames were forwarded from. (It is kept, so nothing else has its id.)"""
+        self._batches: dict[int, Callable[[], None]] = {}
+        """By thread: how to push what `push_many` has gathered there."""
         self._corked = False
         """Whether frames are being posted together."""
         self._pumping: threading.Thread | None = None
@@ -254,6 +261,7 @@ class Sender(Node[SendLink, SendStream]):
         *,
         metadata: Mapping[str, Any] | None = None,
         captured_ns: int | None = None,
+        copy: bool = True,
         timeout: float | None = None,
     ) -> int:
         """Send an array to every connected receiver; returns the frame's sequence number.
@@ -262,35 +270,40 @@ class Sender(Node[SendLink, SendStream]):
         dtype, any byte order; also bytes, a bytearray or a memoryview, and whatever numpy takes for an array without a copy, like
         a torch tensor on the CPU. It is copied once, into staging memory, unless it is C-contiguous and lies in memory
         registered by `register`: then the device reads it where it is, and it must not be changed before `flush` has returned.
+        A list or tuple of arrays of one shape and dtype is one frame, which has them along its first axis, as numpy.stack makes
+        it: the device gathers up to 16 of them from registered memory; others are copied, once.
         `metadata`: a small mapping (4 KiB as msgpack) that travels along. `captured_ns`: capture time, nanoseconds since 1970.
+        `copy=False` promises that the array stays as it is until `flush` has returned: it is sent from where it lies. Its memory is
+        registered for that, and stays so as long as the array exists (the latest 64 of them), so that pushing it again costs
+        nothing. It is copied nevertheless if it is not C-contiguous, and for receivers by shared memory, which can't read there.
 
         Waits up to `timeout` seconds (for ever by default) until every receiver with `when_full="block"` has a free slot (with
         distribute="balance": one of them), and for the first receiver to connect. Raises TimeoutExpired (the frame was not sent to
         anybody), UnsupportedDtype, FrameTooLarge, FrameError, PeerLost (once, when a receiver was given up), NotConnected,
         ClosedError.
         """
-        data = _as_array(array)
-        kind = frame_type(data.shape, data.dtype)
+        payload = payload_of(array)
+        kind = payload.kind
         packed = encode_metadata(metadata) if metadata else b""
         captured_ns = _nanoseconds(captured_ns)
         deadline = Deadline(timeout)
         holder = Holder()
-        # What other processes are to read where it is has to lie in memory that can be shared: a copy, if it is not from `reserve`.
-        if self._registrations and not self._pool.shared and data.flags.c_contiguous and data.nbytes:
-            address = _address(data)
+        if self._registrations or not copy:
             with self._lock:
-                source = self._registered(address, data.nbytes)
-                if source is not None:
-                    source.hold(holder)
+                self._check_usable()
+                pieces = self._in_place(payload, keep=not copy)
+                if pieces is not None:
+                    holder.keeps = payload.parts
                     try:
-                        return self._push(kind, source, address, holder, packed, captured_ns, deadline)
+                        hold(pieces, holder)
+                        return self._push(kind, pieces, holder, packed, captured_ns, deadline)
                     finally:
-                        source.let_go(holder)
+                        let_go(pieces, holder)
         staging = self._stage(kind, holder, deadline)
         try:
-            _copy(data, staging)
+            payload.copy_into(staging)
             with self._lock:
-                seq = self._push(kind, staging, staging.address, holder, packed, captured_ns, deadline)
+                seq = self._push(kind, _whole(staging, kind), holder, packed, captured_ns, deadline)
                 self._copied += 1
                 return seq
         finally:
@@ -303,85 +316,90 @@ class Sender(Node[SendLink, SendStream]):
         *,
         metadata: Mapping[str, Any] | None = None,
         captured_ns: int | None = None,
+        copy: bool = True,
         timeout: float | None = None,
     ) -> list[int]:
         """Send each of several arrays as a frame, as `push` does, with less work for each; returns their sequence numbers.
 
-        `metadata` and `captured_ns` go with all of them, `timeout` is for all together. Raises as `push` does; then those before
-        the one it is about were sent, and `error.pushed` has their numbers.
+        `metadata`, `captured_ns` and `copy` go for all of them, `timeout` is for all together. Raises as `push` does; then those
+        before the one it is about were sent, and `error.pushed` has their numbers.
         """
         packed = encode_metadata(metadata) if metadata else b""
         captured_ns = _nanoseconds(captured_ns)
         deadline = Deadline(timeout)
         pushed: list[int] = []
-        batch: list[_Prepared] = []
-        source = iter(arrays)
+        batch: deque[_Prepared] = deque()
+
+        def push_batch() -> None:
+            self._push_batch(batch, pushed, packed, captured_ns, deadline)
+
+        outer = self._batches.get(threading.get_ident())
+        self._batches[threading.get_ident()] = push_batch
         try:
+            iterator = iter(arrays)
             while True:
                 try:
-                    prepared = self._prepare_next(source, batch, pushed, packed, captured_ns, deadline)
+                    array = next(iterator, END)
+                    if array is END:
+                        break
+                    batch.append(self._prepare(array, not copy, deadline, push_batch))
                 except Exception as error:
                     if not isinstance(error, PUSHING_FAILED):  # it is about this array, and not about those before it
-                        self._push_batch(batch, pushed, packed, captured_ns, deadline)
+                        push_batch()
                     raise
-                if prepared is None:
-                    break
-                batch.append(prepared)
                 if len(batch) >= BATCH:
-                    self._push_batch(batch, pushed, packed, captured_ns, deadline)
-            self._push_batch(batch, pushed, packed, captured_ns, deadline)
+                    push_batch()
+            push_batch()
         except RdmaxferError as error:
             error.pushed = tuple(pushed)
             raise
         finally:
+            if outer is None:
+                self._batches.pop(threading.get_ident(), None)
+            else:
+                self._batches[threading.get_ident()] = outer
             for each in batch:
                 if each.staging is not None:
                     self._discard_staged(each.staging, each.holder)
+                else:
+                    with self._lock:
+                        let_go(each.pieces, each.holder)
         return pushed
 
-    def _prepare_next(
-        self,
-        arrays: Iterator[npt.ArrayLike],
-        batch: list[_Prepared],
-        pushed: list[int],
-        metadata: bytes,
-        captured_ns: int,
-        deadline: Deadline,
-    ) -> _Prepared | None:
-        """Get the next array ready to be sent; None if there is none. If there is no staging memory, `batch`, which has some,
-        goes first."""
-        for array in arrays:
-            data = _as_array(array)
-            break
-        else:
-            return None
-        kind = frame_type(data.shape, data.dtype)
+    def _prepare(
+        self, array: npt.ArrayLike, keep: bool, deadline: Deadline, push_batch: Callable[[], None]
+    ) -> _Prepared:
+        """Get an array ready to be sent. If there is no staging memory, the batch, which has some, goes first."""
+        payload = payload_of(array)
+        kind = payload.kind
         holder = Holder()
-        if self._is_registered(data):
-            return _Prepared(kind, data, None, holder)
         with self._lock:
             self._check_usable()
             self._check_size(kind.payload_bytes)
+            pieces = self._in_place(payload, keep=keep)
+            if pieces is not None:
+                holder.keeps = payload.parts
+                hold(pieces, holder)
+                return _Prepared(kind, pieces, None, holder)
             staging = self._free_slot(kind.payload_bytes, holder)
         if staging is None:
-            self._push_batch(batch, pushed, metadata, captured_ns, deadline)
+            push_batch()
             staging = self._stage(kind, holder, deadline)
         try:
-            _copy(data, staging)
+            payload.copy_into(staging)
         except BaseException:
             self._discard_staged(staging, holder)
             raise
-        return _Prepared(kind, data, staging, holder)
+        return _Prepared(kind, _whole(staging, kind), staging, holder)
 
-    def _is_registered(self, data: np.ndarray[Any, Any]) -> bool:
-        # What other processes are to read where it is has to lie in memory that can be shared: a copy, if it is not from `reserve`.
-        if not self._registrations or self._pool.shared or not data.flags.c_contiguous or not data.nbytes:
-            return False
-        with self._lock:
-            return self._registered(_address(data), data.nbytes) is not None
+    def _push_own_batch(self) -> None:
+        """This may be called by what `push_many` takes its arrays from, to use again what it has already given."""
+        push_batch = self._batches.get(threading.get_ident())
+        if push_batch is not None:
+            push_batch()
 
     def _push_batch(
-        self, batch: list[_Prepared], pushed: list[int], metadata: bytes, captured_ns: int, deadline: Deadline
+        self, batch: deque[_Prepared], pushed: list[int], metadata: bytes, captured_ns: int, deadline: Deadline
     ) -> None:
         """Push what was prepared, in its order, and take it out of `batch`."""
         if not batch:
@@ -390,22 +408,10 @@ class Sender(Node[SendLink, SendStream]):
             try:
                 self._cork()
                 while batch:
-                    kind, data, staging, holder = batch[0]
-                    source: Source | None = staging
-                    address = staging.address if staging is not None else _address(data)
-                    if staging is None:
-                        source = self._registered(address, data.nbytes)
-                        if source is None:
-                            raise FrameError("an array was unregistered while it was being pushed.")
-                        source.hold(holder)
-                    assert source is not None
-                    try:
-                        pushed.append(self._push(kind, source, address, holder, metadata, captured_ns, deadline))
-                    finally:
-                        if isinstance(source, Registration):
-                            source.let_go(holder)
+                    kind, pieces, staging, holder = batch[0]
+                    pushed.append(self._push(kind, pieces, holder, metadata, captured_ns, deadline))
                     self._copied += staging is not None
-                    batch.pop(0)
+                    batch.popleft()
             finally:
                 self._uncork()
 
@@ -476,10 +482,10 @@ class Sender(Node[SendLink, SendStream]):
         deadline = Deadline(timeout)
         holder = Holder()
         lease.lend(holder)
-        address = _address(array)
+        address = int(array.__array_interface__["data"][0])
         with self._lock:
-            source = self._source_of(memory)
-            return self._push(kind, source, address, holder, packed, frame.captured_ns, deadline)
+            pieces = (Piece(self._source_of(memory), address, array.nbytes),)
+            return self._push(kind, pieces, holder, packed, frame.captured_ns, deadline)
 
     @property
     def next_seq(self) -> int:
@@ -542,7 +548,7 @@ class Sender(Node[SendLink, SendStream]):
             for domain, pd in self._pds.items():
                 if not domain.lost:
                     registration.lkey(pd)
-            self._registrations.append(registration)
+            self._registrations.add(registration)
         return registration
 
     def flush(self, timeout: float | None = None) -> None:
@@ -551,6 +557,7 @@ class Sender(Node[SendLink, SendStream]):
         After it, registered arrays may be changed. Raises TimeoutExpired (it names what is outstanding), PeerLost with the numbers
         of the frames that a receiver that left had not released.
         """
+        self._push_own_batch()
         with self._lock:
             latest = self._seq - 1
 
@@ -654,13 +661,17 @@ class Sender(Node[SendLink, SendStream]):
         """The memory that frames on their way have, or that devices may read from."""
         held = [out for stream in self._streams.values() for queue in (stream.written, stream.pending) for out in queue]
         held += [out for link in self._made_links if not link.torn_down for out in link.reads_from]
-        return {out.source for out in held}
+        return {piece.source for out in held for piece in out.pieces}
 
-    def _registered(self, address: int, nbytes: int) -> Registration | None:
-        for registration in self._registrations:
-            if registration.covers(address, nbytes):
-                return registration
-        return None
+    def _in_place(self, payload: Payload, *, keep: bool) -> tuple[Piece, ...] | None:
+        """The registered memory that all of it lies in (`keep`: registered from now on); None if it has to be copied. With the
+        lock held."""
+        if self._pool.shared or not (keep or self._registrations):
+            return None  # what other processes read where it is has to lie in memory that can be shared: from `reserve`
+        return self._registrations.pieces(payload, keep=keep, gather=self._all_gather())
+
+    def _all_gather(self) -> bool:
+        return all(link.endpoint.gathers for link in [*self._links, *self._opening.values()])
 
     def _push_staged(
         self,
@@ -676,7 +687,7 @@ class Sender(Node[SendLink, SendStream]):
         packed = encode_metadata(metadata) if metadata else b""
         captured_ns = _nanoseconds(captured_ns)
         with self._lock:
-            return self._push(kind, staging, staging.address, holder, packed, captured_ns, Deadline(timeout))
+            return self._push(kind, _whole(staging, kind), holder, packed, captured_ns, Deadline(timeout))
 
     def _discard_staged(self, staging: StagingSlot, holder: Holder) -> None:
         with self._lock:
@@ -686,8 +697,7 @@ class Sender(Node[SendLink, SendStream]):
     def _push(
         self,
         kind: FrameType,
-        source: Source,
-        address: int,
+        pieces: tuple[Piece, ...],
         holder: Holder,
         metadata: bytes,
         captured_ns: int,
@@ -709,12 +719,11 @@ class Sender(Node[SendLink, SendStream]):
                     else "waiting for a receiver to connect"
                 )
                 streams = self._waiter.wait_locked(lambda: self._takers(kind.payload_bytes), deadline, what)
-            if self._register_for(source, streams):
+            if all(self._register_for(piece.source, streams) for piece in pieces):
                 break
         out = Outgoing(
             kind,
-            source,
-            address,
+            pieces,
             holder,
             seq=self._seq,
             captured_ns=captured_ns,
@@ -905,6 +914,7 @@ class Sender(Node[SendLink, SendStream]):
         self._resizes += 1
 
     def _unregister(self, registration: Registration) -> None:
+        self._push_own_batch()
         with self._lock:
             if registration not in self._registrations:
                 return
@@ -919,7 +929,6 @@ class Sender(Node[SendLink, SendStream]):
 
             self._waiter.wait_locked(idle, Deadline(30.0), "waiting for the last push from a registered array")
             self._registrations.remove(registration)
-            registration.unregister()
 
     # --- what the handshake asks (rdmaxfer.handshake) -------------------------------------------------------------------
 
@@ -1122,8 +1131,6 @@ class Sender(Node[SendLink, SendStream]):
 
     def _free_memory(self) -> None:
         with self._lock:
-            for registration in self._registrations:
-                registration.unregister()
             self._registrations.clear()
             for source in self._borrowed.values():
                 source.unregister()
@@ -1135,34 +1142,16 @@ class Sender(Node[SendLink, SendStream]):
 
 
 class _Prepared(NamedTuple):
-    """An array that is ready to be sent: from staging memory, or (None) where it is."""
+    """What is ready to be sent: from staging memory, or (None) where it is."""
 
     kind: FrameType
-    data: np.ndarray[Any, Any]
+    pieces: tuple[Piece, ...]
     staging: StagingSlot | None
     holder: Holder
 
 
-def _as_array(array: npt.ArrayLike) -> np.ndarray[Any, Any]:
-    # numpy takes bytes for text.
-    return np.ndarray((len(array),), np.uint8, array) if isinstance(array, bytes) else np.asanyarray(array)
-
-
-def _address(data: np.ndarray[Any, Any]) -> int:
-    return int(data.__array_interface__["data"][0])
-
-
-def _copy(data: np.ndarray[Any, Any], staging: StagingSlot) -> None:
-    if data.flags.c_contiguous:
-        # As bytes: numpy leaves out the padding of structures.
-        copy_into(staging.array((data.nbytes,), np.uint8), data.reshape(-1).view(np.uint8))
-        return
-    target = staging.array(data.shape, data.dtype)
-    if data.dtype.fields is not None:
-        target.reshape(-1).view(np.uint8)[...] = 0  # nothing of an earlier frame is to show through the padding
-        np.copyto(target, data, casting="no")
-    else:
-        copy_into(target, data)
+def _whole(staging: StagingSlot, kind: FrameType) -> tuple[Piece, ...]:
+    return (Piece(staging, staging.address, kind.payload_bytes),)
 
 
 def _check_policy(when_full: str) -> None:

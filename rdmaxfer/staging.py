@@ -91,9 +91,9 @@ class StagingSlot(Source):
         self.offset = offset
         self._use: _Use | None = None
 
-    def array(self, shape: Sequence[int], dtype: npt.DTypeLike) -> np.ndarray[Any, Any]:
-        """A writable array at its beginning."""
-        return self.buffer.array(self.offset, shape, dtype, writable=True)
+    def array(self, shape: Sequence[int], dtype: npt.DTypeLike, offset: int = 0) -> np.ndarray[Any, Any]:
+        """A writable array, at its beginning or `offset` bytes behind."""
+        return self.buffer.array(self.offset + offset, shape, dtype, writable=True)
 
     @property
     def free(self) -> bool:
@@ -202,28 +202,21 @@ def _rounded(nbytes: int) -> int:
     return max(1, -(-nbytes // PAGE)) * PAGE
 
 
-class Registration(Source):
-    """An array's memory, registered by `Sender.register`: pushes of any C-contiguous view of it copy nothing.
+def bounds(array: np.ndarray[Any, Any]) -> tuple[int, int]:
+    """The addresses of an array's first byte, and behind its last."""
+    module: Any = np.lib.array_utils if hasattr(np.lib, "array_utils") else np  # moved in numpy 2
+    low, high = module.byte_bounds(array)
+    return low, high
 
-    After a push the memory must stay as it is until `flush()` returns. `close()` ends the registration; the array itself is
-    the caller's and stays.
-    """
 
-    __slots__ = ("_close", "_uses")
+class UserMemory(Source):
+    """Memory that the user filled, and that is read where it lies."""
 
-    def __init__(self, array: np.ndarray[Any, Any], close: Callable[[Registration], None]) -> None:
-        bounds: Any = np.lib.array_utils if hasattr(np.lib, "array_utils") else np  # moved in numpy 2
-        low, high = bounds.byte_bounds(array)
-        if high <= low or array.size == 0:
-            raise FrameError(
-                "an array without any bytes can't be registered.", fix="register an array that is not empty."
-            )
-        super().__init__(low, high - low, array)
-        self._close = close
+    __slots__ = ("_uses",)
+
+    def __init__(self, address: int, nbytes: int, keepalive: object) -> None:
+        super().__init__(address, nbytes, keepalive)
         self._uses: deque[weakref.ref[Holder]] = deque()
-
-    def __repr__(self) -> str:
-        return f"<Registration {self.nbytes} bytes at {self.address:#x}>"
 
     def covers(self, address: int, nbytes: int) -> bool:
         return self.address <= address and address + nbytes <= self.address + self.nbytes
@@ -243,6 +236,28 @@ class Registration(Source):
     def awaited(self) -> bool:
         """Whether a push of it has not come to its frame."""
         return any(not holder.sent for use in self._uses if (holder := use()) is not None)
+
+
+class Registration(UserMemory):
+    """An array's memory, registered by `Sender.register`: pushes of any C-contiguous view of it copy nothing.
+
+    After a push the memory must stay as it is until `flush()` returns. `close()` ends the registration; the array itself is
+    the caller's and stays.
+    """
+
+    __slots__ = ("_close",)
+
+    def __init__(self, array: np.ndarray[Any, Any], close: Callable[[Registration], None]) -> None:
+        low, high = bounds(array)
+        if high <= low or array.size == 0:
+            raise FrameError(
+                "an array without any bytes can't be registered.", fix="register an array that is not empty."
+            )
+        super().__init__(low, high - low, array)
+        self._close = close
+
+    def __repr__(self) -> str:
+        return f"<Registration {self.nbytes} bytes at {self.address:#x}>"
 
     def close(self) -> None:
         """Wait until no push reads from the memory, then unregister it. Doing it twice is harmless."""

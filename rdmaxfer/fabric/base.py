@@ -84,6 +84,8 @@ class Endpoint(Protocol):
     """Whether what the peer writes lies in the ring. Otherwise it is where it came, and the completion's `placed` says where."""
     lends: bool
     """Whether the peer reads what is written where it is, and goes on to do so."""
+    gathers: bool
+    """Whether a `write` of several pieces copies none of them."""
 
     @property
     def address(self) -> Any:
@@ -100,7 +102,7 @@ class Endpoint(Protocol):
         """How many lanes there are; they are numbered from 0."""
 
     def wr_count(self, nbytes: int) -> int:
-        """Work requests that a `write` of so many bytes takes."""
+        """Work requests that a `write` of so many bytes takes, if the payload is in one piece."""
 
     def write(
         self,
@@ -116,8 +118,11 @@ class Endpoint(Protocol):
         wr_id: int,
         signaled: bool,
         lane: int = 0,
+        more: Sequence[tuple[int, int, int]] = (),
     ) -> None:
-        """Write header and payload, one after the other, to the peer's memory, and then give it the immediate."""
+        """Write header and payload, one after the other, to the peer's memory, and then give it the immediate. `more`: address,
+        length and lkey of what follows in the payload, if it lies in several pieces; each takes another work request at the most.
+        """
 
     def cork(self) -> None:
         """From now on, `write` may keep what it is given back, up to `uncork` or whatever else is posted on that lane: so that many

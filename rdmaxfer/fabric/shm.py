@@ -24,7 +24,7 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Final, NamedTuple
@@ -452,6 +452,7 @@ class ShmEndpoint(soft.Endpoint):
         wr_id: int,
         signaled: bool,
         lane: int = 0,
+        more: Sequence[tuple[int, int, int]] = (),
     ) -> None:
         item = self._item
         item.kind, item.imm, item.rkey, item.data_bytes = self._lib.SX_WRITE, imm, rkey, header_bytes
@@ -465,7 +466,11 @@ class ShmEndpoint(soft.Endpoint):
             region.part(address, nbytes)
             start = region.segment.address if region.segment is not None else region.address
             item.segment, item.offset = region.number, address - start
-        self._post(header_address, wr_id, signaled, region, address)
+        joined: Buffer | None = None
+        if more:  # an item names one piece
+            joined = _copy_of(memoryview(self.pd.joined(self.pd.local(lkey, address, nbytes), more)))
+            item.nbytes = joined.nbytes
+        self._post(header_address, wr_id, signaled, region, address, joined)
 
     def write_imm(self, imm: int, wr_id: int, lane: int = 0) -> None:
         self._clear_item(self._lib.SX_IMM)
@@ -490,13 +495,21 @@ class ShmEndpoint(soft.Endpoint):
         item.kind, item.imm, item.rkey, item.data_bytes = kind, 0, 0, 0
         item.address = item.nbytes = item.offset = item.segment = 0
 
-    def _post(self, data_address: int, wr_id: int, signaled: bool, region: ShmRegion | None, address: int) -> None:
+    def _post(
+        self,
+        data_address: int,
+        wr_id: int,
+        signaled: bool,
+        region: ShmRegion | None,
+        address: int,
+        copy: Buffer | None = None,
+    ) -> None:
         if self._state != "open":
             self._check_open()
         if self.error:
             raise VerbsError(f"{self.error}.", verb="post_send", errno=107)
         item = self._item
-        if self.ep is not None and not self._backlog and self._known(region):
+        if self.ep is not None and not self._backlog and copy is None and self._known(region):
             data = self._ffi.cast("void *", data_address)
             rc = self._lib.sx_post(self.ep, item, data, wr_id, signaled)
             if rc == 1:
@@ -505,7 +518,8 @@ class ShmEndpoint(soft.Endpoint):
                 return
             if rc < 0:
                 self._impossible()
-        copied = region.part(address, item.nbytes) if region is not None and region.segment is None else None
+        if copy is None and region is not None and region.segment is None:
+            copy = _copy_of(region.part(address, item.nbytes))
         self._backlog.append(
             _Waiting(
                 self._accepted,
@@ -514,7 +528,7 @@ class ShmEndpoint(soft.Endpoint):
                 wr_id,
                 signaled,
                 region,
-                _copy_of(copied) if copied is not None else None,
+                copy,
             )
         )
         self._pump()

@@ -11,7 +11,7 @@ import ctypes
 import secrets
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, Generic, NamedTuple, Protocol, TypeVar
 
 from rdmaxfer.errors import VerbsError
@@ -193,6 +193,10 @@ class ProtectionDomain(Owner):
             raise VerbsError("memory was to be sent that is not registered.", verb="post_send", errno=22)
         return region.part(address, nbytes)
 
+    def joined(self, first: bytes | memoryview, more: Sequence[tuple[int, int, int]]) -> bytes:
+        """A copy of several pieces of memory of ours, one after the other. Raises VerbsError."""
+        return b"".join([first, *(self.local(lkey, address, nbytes) for address, nbytes, lkey in more)])
+
     def remote(self, rkey: int, address: int, nbytes: int) -> memoryview | None:
         """Memory that the peer wants to write to; None if it may not."""
         region = self.regions.get(rkey)
@@ -213,6 +217,7 @@ class Endpoint(Owner):
     lanes = 1
     in_ring = False
     lends = False
+    gathers = False
 
     def __init__(self, pd: ProtectionDomain, *, recv_depth: int) -> None:
         super().__init__(pd)

@@ -19,7 +19,7 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final
 
@@ -240,11 +240,14 @@ class TcpEndpoint(soft.Endpoint):
         wr_id: int,
         signaled: bool,
         lane: int = 0,
+        more: Sequence[tuple[int, int, int]] = (),
     ) -> None:
-        head = _HEAD.pack(_WRITE, imm, rkey, header_bytes, remote_address, nbytes)
+        payload: bytes | memoryview = self.pd.local(lkey, address, nbytes) if nbytes else b""
+        if more:
+            payload = self.pd.joined(payload, more)
+        head = _HEAD.pack(_WRITE, imm, rkey, header_bytes, remote_address, len(payload))
         small = head + bytes(self.pd.local(header_lkey, header_address, header_bytes))
-        parts = (small, self.pd.local(lkey, address, nbytes)) if nbytes else (small,)
-        self.post(Posted(wr_id, signaled, parts))
+        self.post(Posted(wr_id, signaled, (small, payload) if nbytes else (small,)))
 
     def write_imm(self, imm: int, wr_id: int, lane: int = 0) -> None:
         self.post(Posted(wr_id, True, (_HEAD.pack(_IMM, imm, 0, 0, 0, 0),)))

@@ -232,6 +232,7 @@ class Endpoint(Owner):
 
     in_ring = True
     lends = False
+    gathers = True
 
     def __init__(
         self,
@@ -339,7 +340,7 @@ class Endpoint(Owner):
     # --- posting ---
 
     def wr_count(self, nbytes: int) -> int:
-        """Work requests that a `write` of `nbytes`, header and payload together, takes."""
+        """Work requests that a `write` of `nbytes`, header and payload together, takes; one more at most for each further piece."""
         return max(1, -(-nbytes // self._max_msg_sz))
 
     def write(
@@ -356,26 +357,15 @@ class Endpoint(Owner):
         wr_id: int,
         signaled: bool,
         lane: int = 0,
+        more: Sequence[tuple[int, int, int]] = (),
     ) -> None:
         """Write header and payload, gathered, to `remote_address`; the peer sees the immediate after all of it.
 
-        One work request, or `wr_count` of them with the same wr_id; only the last carries the immediate and the signal.
+        One work request, or several with the same wr_id; only the last carries the immediate and the signal.
         """
-        if header_bytes + nbytes > self._max_msg_sz:
-            self._write_split(
-                header_address,
-                header_bytes,
-                header_lkey,
-                address,
-                nbytes,
-                lkey,
-                remote_address,
-                rkey,
-                imm,
-                wr_id,
-                signaled,
-                lane,
-            )
+        if more or header_bytes + nbytes > self._max_msg_sz:
+            pieces = [(header_address, header_bytes, header_lkey), (address, nbytes, lkey), *more]
+            self._write_split(pieces, remote_address, rkey, imm, wr_id, signaled, lane)
             return
         chain = self._chains[lane] if self._corked else None
         if chain is None:
@@ -429,39 +419,32 @@ class Endpoint(Owner):
 
     def _write_split(
         self,
-        header_address: int,
-        header_bytes: int,
-        header_lkey: int,
-        address: int,
-        nbytes: int,
-        lkey: int,
+        pieces: Sequence[tuple[int, int, int]],
         remote_address: int,
         rkey: int,
         imm: int,
         wr_id: int,
         signaled: bool,
-        lane: int = 0,
+        lane: int,
     ) -> None:
-        total = header_bytes + nbytes
-        count = self.wr_count(total)
-        wrs = self._ffi.new("rx_send_wr[]", count)
-        for i in range(count):
-            start = i * self._max_msg_sz
-            end = min(start + self._max_msg_sz, total)
-            wr = wrs[i]
-            wr.wr_id = wr_id
-            pieces = (
-                (header_address + start, min(end, header_bytes) - start, header_lkey),
-                (address + max(start - header_bytes, 0), end - max(start, header_bytes), lkey),
-            )
-            for sge_address, sge_bytes, key in pieces:
-                if sge_bytes > 0:
-                    at = wr.num_sge
-                    wr.addr[at], wr.length[at], wr.lkey[at] = sge_address, sge_bytes, key
-                    wr.num_sge = at + 1
-            wr.remote_addr = remote_address + start
-            wr.rkey = rkey
-            wr.opcode = self._lib.RX_WRITE
+        """Write pieces of memory (address, length, lkey) one after the other: as many to a work request as it can gather, and no
+        more than the largest message has bytes."""
+        wrs = self._ffi.new("rx_send_wr[]", self.wr_count(sum(piece[1] for piece in pieces)) + len(pieces) - 2)
+        count = filled = 0
+        for address, nbytes, lkey in pieces:
+            left = nbytes
+            while left:
+                wr = wrs[count - 1] if count else None
+                if wr is None or filled == self._max_msg_sz or wr.num_sge == len(wr.addr):
+                    wr = wrs[count]
+                    count, filled = count + 1, 0
+                    wr.opcode = self._lib.RX_WRITE
+                    wr.wr_id, wr.rkey, wr.remote_addr = wr_id, rkey, remote_address
+                part = min(left, self._max_msg_sz - filled)
+                at = wr.num_sge
+                wr.addr[at], wr.length[at], wr.lkey[at] = address + nbytes - left, part, lkey
+                wr.num_sge = at + 1
+                left, filled, remote_address = left - part, filled + part, remote_address + part
         last = wrs[count - 1]
         last.opcode = self._write_imm_opcode
         last.imm = imm

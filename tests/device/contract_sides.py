@@ -97,6 +97,17 @@ class Side:
             *(ring_address + at, rkey or ring_rkey, imm, wr_id, signaled),
         )
 
+    def write_pieces(self, pieces: list[bytes], *, imm: int, wr_id: int = 1) -> None:
+        """The first as header, the rest as payload, from where they don't lie side by side."""
+        places = []
+        at = 0
+        for piece in pieces:
+            self.source.view(at, len(piece))[:] = piece
+            places.append((self.source.address + at, len(piece), self.source_region.lkey))
+            at += len(piece) + 8
+        ring_address, ring_rkey = self.ring
+        self.endpoint.write(*places[0], *places[1], ring_address, ring_rkey, imm, wr_id, True, 0, places[2:])
+
     def arrived(self, wc: dict[str, Any], at: int = 0) -> bytes:
         """What was written, by its completion."""
         if self.endpoint.in_ring:

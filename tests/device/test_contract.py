@@ -80,6 +80,20 @@ def test_unsignalled_work_is_done_when_a_later_signalled_one_is(sides: tuple[Sid
     assert [wc["imm"] for wc in target.take(3)] == [0, 1, 2]
 
 
+def test_pieces_arrive_one_after_the_other(sides: tuple[Side, Side]) -> None:
+    source, target = sides
+    for count in (2, 3, 4, 16):
+        pieces = [b"h" * 8, *(os.urandom(1 + 997 * number % 3000) for number in range(count))]
+        source.write_pieces(pieces, imm=count, wr_id=count)
+        (came,) = target.take(1)
+        assert (came["status"], came["imm"]) == (0, count)
+        whole = b"".join(pieces)
+        arrived = bytes(target.target.view(0, len(whole))) if source.endpoint.in_ring else target.arrived(came)
+        assert arrived == whole
+        assert [(wc["status"], wc["wr_id"]) for wc in source.take(1)] == [(0, count)]
+        target.endpoint.repost_recv([came["wr_id"]])
+
+
 def test_an_immediate_alone_comes_after_the_data_before_it(sides: tuple[Side, Side]) -> None:
     source, target = sides
     source.write(b"h" * 8 + b"p" * 1000, imm=1, signaled=False)

@@ -358,6 +358,10 @@ LIES: dict[str, tuple[Callable[[RogueSender], None], str]] = {
     "header of another version": (lambda r: r.write(patched(r.header(), "<B", 4, 9)), "version 9"),
     "payload beyond the slot": (lambda r: r.write(r.header(shape=(SLOT_BYTES + 1,))), "the slot has 8192"),
     "payload and shape that differ": (lambda r: r.write(patched(r.header(), "<Q", 40, 15)), "the header says 15"),
+    "more bytes than the header says": (
+        lambda r: r.write(r.header(), payload=bytes(17)),
+        "wrote 145 bytes for a frame of 144",
+    ),
     "a shape that overflows": (
         lambda r: r.write(patched(r.header(shape=(4, 4)), "<QQ", 64, 1 << 63, 2)),
         "not allowed",
