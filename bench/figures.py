@@ -98,6 +98,87 @@ def idle_percent(seconds: float = 5.0) -> float:
     return used / seconds * 100
 
 
+PINNED = """
+import sys, rdmaxfer
+with rdmaxfer.Receiver(fabric="verbs", slots=16, slot_bytes=1 << 20) as rx:
+    print(rx.bind("tcp://127.0.0.1:*"), flush=True)
+    for _ in range(16):
+        rx.recv().release()
+    sys.stdin.readline()
+"""
+SEND = """
+import sys, time, numpy as np, rdmaxfer
+with rdmaxfer.Sender(fabric="verbs", slots=16) as tx:
+    tx.connect(sys.argv[1])
+    array = np.zeros((16, 1 << 20), np.uint8)
+    tx.register(array)
+    print("ready", flush=True)
+    sys.stdin.readline()
+    for number in range(int(sys.argv[2])):
+        tx.push(array[number % 16])
+    tx.flush(timeout=60)
+    print("done", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def pinned_mib() -> tuple[float, float]:
+    """Memory that a sender and a receiver have registered, with 16 slots of 1 MiB, the sender's all in use."""
+
+    def pinned(pid: int | str) -> float:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmPin")) / 1024
+
+    with subprocess.Popen(
+        [sys.executable, "-c", PINNED], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdin is not None
+        assert other.stdout is not None
+        before = pinned("self")
+        with rdmaxfer.Sender(fabric="verbs", slots=16) as sender:
+            sender.connect(other.stdout.readline().strip())
+            slots = [sender.reserve(1 << 20) for _ in range(16)]
+            for slot in slots:
+                slot.commit()
+            sender.flush(timeout=60)
+            found = pinned("self") - before, pinned(other.pid)
+        other.stdin.close()
+        other.wait(60)
+    return found
+
+
+def connections_mb_s(connections: int, frames: int = 400) -> float:
+    """Frames of 1 MiB from so many processes to one receiver, all together."""
+    processes = []
+    with rdmaxfer.Receiver(fabric="verbs", slots=16, slot_bytes=1 << 20) as receiver:
+        endpoint = receiver.bind("tcp://127.0.0.1:*")
+        command = [sys.executable, "-c", SEND, endpoint, str(frames // connections)]
+        for _ in range(connections):
+            processes.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+        try:
+            for process in processes:
+                assert process.stdout is not None
+                assert process.stdin is not None
+                process.stdout.readline()
+            start = time.perf_counter()
+            for process in processes:
+                assert process.stdin is not None
+                process.stdin.write("go\n")
+                process.stdin.flush()
+            for _ in range(frames // connections * connections):
+                receiver.recv(timeout=60).release()
+            took = time.perf_counter() - start
+            for process in processes:
+                assert process.stdin is not None
+                process.stdin.close()
+                process.wait(60)
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+    return (frames // connections * connections << 20) / took / 1e6
+
+
 def cpu_s(pid: int) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
@@ -130,6 +211,10 @@ def main() -> None:
         "idle_percent": statistics.median(idle_percent() for _ in range(3)),
         "import_ms": import_ms(args.rounds),
     }
+    result["pinned_sender_mib"], result["pinned_receiver_mib"] = pinned_mib()
+    for connections in (1, 4):
+        found = [connections_mb_s(connections) for _ in range(args.rounds)]
+        result[f"connections_{connections}_mb_s"] = statistics.median(found)
     for fabric in ("verbs", "shm", "tcp"):
         result[f"handshake_{fabric}_ms"] = statistics.median(handshake_ms(fabric) for _ in range(args.rounds))
     for name, value in result.items():

@@ -35,26 +35,58 @@ def ratio(row: dict[str, Any], who: str, to: str) -> float:
 
 def bandwidth(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
-        "| bytes | CPUs | rdmaxfer, MB/s | of ib_write_bw | with as many QPs | in batches of 8 | of ib_write_bw | CPU a frame, µs: sender, receiver |",
-        "|---|---|---|---|---|---|---|---|",
+        "| bytes | CPUs | rdmaxfer, MB/s | of ib_write_bw | with as many QPs | in batches of 8 | of ib_write_bw | CPU a frame, µs: sender, receiver | ib_write_bw's sender |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {NAMES[row['bytes']]} | {row['cpus']} | {median(row, 'rdmaxfer'):.1f} | **{ratio(row, 'rdmaxfer', 'perftest'):.2f}** "
         f"| {ratio(row, 'rdmaxfer', 'as many QPs'):.2f} | {median(row, 'batches'):.1f} "
         f"| **{ratio(row, 'batches', 'perftest'):.2f}** "
-        f"| {median(row, 'rdmaxfer', 'cpu_us'):.0f}, {median(row, 'rdmaxfer', 'peer_cpu_us'):.0f} |"
+        f"| {median(row, 'rdmaxfer', 'cpu_us'):.0f}, {median(row, 'rdmaxfer', 'peer_cpu_us'):.0f} "
+        f"| {median(row, 'perftest', 'cpu_us'):.0f} |"
         for row in rows
     ]
     return lines
 
 
 def latency(rows: list[dict[str, Any]]) -> list[str]:
-    lines = ["| bytes | rdmaxfer, µs | ib_write_lat, µs | ratio |", "|---|---|---|---|"]
+    lines = [
+        "| bytes | rdmaxfer, µs | ib_write_lat, µs | ratio | rdmaxfer, median and 99 % | ib_write_lat, typical and 99 % |",
+        "|---|---|---|---|---|---|",
+    ]
     lines += [
         f"| {NAMES[row['bytes']]} | {median(row, 'rdmaxfer'):.0f} | {median(row, 'perftest'):.0f} "
-        f"| {ratio(row, 'rdmaxfer', 'perftest'):.1f} |"
+        f"| {ratio(row, 'rdmaxfer', 'perftest'):.1f} "
+        f"| {median(row, 'timed', 'p50'):.0f}, {median(row, 'timed', 'p99'):.0f} "
+        f"| {median(row, 'perftest', 'p50'):.0f}, {median(row, 'perftest', 'p99'):.0f} |"
         for row in rows
     ]
+    return lines
+
+
+ENGINES = {"dlslime": "DLSlime", "mooncake": "Mooncake", "nixl": "NIXL"}
+
+
+def against(row: dict[str, Any], engine: str, figure: str) -> float | None:
+    """The median of ours by an engine's, in the rounds that it got through."""
+    both = [each["rdmaxfer"][figure] / each[engine][figure] for each in row["rounds"] if engine in each]
+    return statistics.median(both) if both else None
+
+
+def engines(rows: list[dict[str, Any]]) -> list[str]:
+    titles = [f"{name}: MB/s, ours by it | µs, ours by it" for name in ENGINES.values()]
+    lines = [f"| bytes | rdmaxfer: MB/s, µs | {' | '.join(titles)} |", "|---" * (2 + 2 * len(ENGINES)) + "|"]
+    for row in rows:
+        cells = [
+            f"{statistics.median(each['rdmaxfer'][figure] for each in row['rounds']):.1f}" for figure in ("mb_s", "us")
+        ]
+        line = f"| {NAMES[row['bytes']]} | {', '.join(cells)} "
+        for engine in ENGINES:
+            for figure in ("mb_s", "us"):
+                found = [each[engine][figure] for each in row["rounds"] if engine in each]
+                times = against(row, engine, figure)
+                line += f"| {statistics.median(found):.1f}, **{times:.2f}** " if times else "| – "
+        lines.append(line + "|")
     return lines
 
 
@@ -90,8 +122,22 @@ def plot(path: Path, rows: list[dict[str, Any]], lat: list[dict[str, Any]]) -> N
 LABELS = {"rdmaxfer": "push, recv", "batches": "push_many, recv_many", "perftest": "perftest"}
 
 
-def goal(met: bool) -> str:
-    return "met" if met else "**not met**"
+def goal_row(figure: str, wanted: str, value: str, met: bool) -> str:
+    return f"| {figure} | {wanted} | {value} | {'met' if met else '**not met**'} |"
+
+
+def best_engine(rows: list[dict[str, Any]]) -> list[str]:
+    """Our goals against the best of the engines, at each size."""
+    faster = [
+        min(found) for row in rows if (found := [x for e in ENGINES if (x := against(row, e, "mb_s")) is not None])
+    ]
+    slower = [max(found) for row in rows if (found := [x for e in ENGINES if (x := against(row, e, "us")) is not None])]
+    if not faster:
+        return []
+    return [
+        goal_row("best engine at any size: throughput, ours by its", "> 1", f"≥ {min(faster):.2f}", min(faster) > 1),
+        goal_row("best engine at any size: one way, ours by its", "< 1", f"≤ {max(slower):.2f}", max(slower) < 1),
+    ]
 
 
 def main() -> None:
@@ -104,6 +150,8 @@ def main() -> None:
     spinning = json.loads((args.results / "spinning.json").read_text())
     pyzmq = json.loads((args.results / "pyzmq.json").read_text())
     figures = json.loads((args.results / "figures.json").read_text())
+    peers_file = args.results / "peers.json"
+    peers = json.loads(peers_file.read_text()) if peers_file.exists() else {"rows": [], "failed": {}}
     about = (args.results / "about.txt").read_text().strip().splitlines()
     rows = {kind: [row for row in perftest["rows"] if row["kind"] == kind] for kind in ("bw", "lat")}
     shared = [row for row in rows["bw"] if row["cpus"] == "shared"]
@@ -119,8 +167,7 @@ def main() -> None:
     def at(size: int, who: str = "rdmaxfer") -> float:
         return ratio(by_size[size], who, "perftest")
 
-    def row(figure: str, wanted: str, value: str, met: bool) -> str:
-        return f"| {figure} | {wanted} | {value} | {goal(met)} |"
+    row = goal_row
 
     eight = figures["eight_us"] / figures["one_us"]
     small = rows["lat"][0]
@@ -145,6 +192,7 @@ def main() -> None:
             f"{ratio(small, 'rdmaxfer', 'perftest'):.1f}",
             ratio(small, "rdmaxfer", "perftest") <= 1.5,
         ),
+        *best_engine(peers["rows"]),
         row("payload bytes copied per byte moved, in place (`statistics().copied`)", "0", "0", True),
         row("8 receivers vs 1, sender time a frame", "≤ 8.4 times", f"{eight:.1f} times", eight <= 8.4),
         row(
@@ -198,6 +246,11 @@ def main() -> None:
                 for each in pyzmq
             ]
         ),
+        "ENGINES": "\n".join(engines(peers["rows"]))
+        + "".join(f"\n\n{ENGINES[name]} failed {why}." for name, why in peers["failed"].items()),
+        "PINNED": f"{figures['pinned_sender_mib']:.1f} MiB at the sender and {figures['pinned_receiver_mib']:.1f} MiB at the receiver",
+        "CONNECTIONS": f"{figures['connections_1_mb_s']:.0f} MB/s from one process to one receiver, {figures['connections_4_mb_s']:.0f} MB/s from four",
+        "ONE_EIGHT": f"{figures['one_us']:.0f} µs and {figures['eight_us']:.0f} µs",
         "HANDSHAKES": ", ".join(
             f"{fabric} {figures[f'handshake_{fabric}_ms']:.0f} ms" for fabric in ("verbs", "shm", "tcp")
         ),

@@ -52,9 +52,19 @@ WARM_UP = 0.1
 """Share of a round's frames that are pushed before the clock starts."""
 
 
-def cpu_s() -> float:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
+def cpu_s(who: int = resource.RUSAGE_SELF) -> tuple[float, float]:
+    """User time, and the kernel's for it."""
+    usage = resource.getrusage(who)
+    return usage.ru_utime, usage.ru_stime
+
+
+def since(before: tuple[float, float], now: tuple[float, float]) -> dict[str, float]:
+    return {"user_s": now[0] - before[0], "system_s": now[1] - before[1]}
+
+
+def quantiles(values: list[float]) -> dict[str, float]:
+    ordered = sorted(values)
+    return {f"p{share}": ordered[min(len(ordered) - 1, len(ordered) * share // 100)] for share in (50, 99)}
 
 
 # --- rdmaxfer ----------------------------------------------------------------------------------------------------------
@@ -75,7 +85,7 @@ def receive(args: argparse.Namespace) -> None:
         print(receiver.bind("tcp://127.0.0.1:*"), back.bind("tcp://127.0.0.1:*"), flush=True)
         echo = np.zeros(args.size, np.uint8)
         with back.register(echo):
-            cpu = 0.0
+            cpu = cpu_s()
             number = 0
             while number < args.count + args.warm_up:
                 if number <= args.warm_up:
@@ -85,11 +95,14 @@ def receive(args: argparse.Namespace) -> None:
                         back.push(echo)
                     frame.release()
                     number += 1
-            print(json.dumps({"cpu_s": cpu_s() - cpu}), flush=True)
+            print(json.dumps(since(cpu, cpu_s())), flush=True)
             sys.stdin.readline()
 
 
-def ours(args: argparse.Namespace, kind: str, size: int, count: int, *, batch: int = 1) -> dict[str, float]:
+def ours(
+    args: argparse.Namespace, kind: str, size: int, count: int, *, batch: int = 1, timed: bool = False
+) -> dict[str, float]:
+    """`timed`: look at the clock for each frame, which takes time itself, for quantiles."""
     warm_up = -(-max(20, int(count * WARM_UP)) // batch) * batch
     count = -(-count // batch) * batch
     command = [sys.executable, __file__, "receive", "--kind", kind, "--size", str(size), "--count", str(count)]
@@ -136,12 +149,15 @@ def ours(args: argparse.Namespace, kind: str, size: int, count: int, *, batch: i
                 step(i)
             sender.flush(timeout=60)
             cpu, began = cpu_s(), time.perf_counter()
+            marks = []
             for i in range(0, count, batch):
                 step(i)
+                if timed:
+                    marks.append(time.perf_counter())
             sender.flush(timeout=60)
-            elapsed, cpu = time.perf_counter() - began, cpu_s() - cpu
+            elapsed, used = time.perf_counter() - began, since(cpu, cpu_s())
             assert sender.statistics().copied == 0, "frames were copied: not what is to be measured"
-            peer_cpu = float(json.loads(peer.stdout.readline())["cpu_s"])
+            peer_used = json.loads(peer.stdout.readline())
             registered.close()
         assert peer.stdin is not None
         peer.stdin.write("\n")
@@ -150,8 +166,11 @@ def ours(args: argparse.Namespace, kind: str, size: int, count: int, *, batch: i
     finally:
         peer.kill()
         peer.wait()
-    result = {"cpu_us": cpu / count * 1e6, "peer_cpu_us": peer_cpu / count * 1e6}
+    result = {"cpu_us": sum(used.values()) / count * 1e6, "peer_cpu_us": sum(peer_used.values()) / count * 1e6}
+    result |= {"user_us": used["user_s"] / count * 1e6, "peer_user_us": peer_used["user_s"] / count * 1e6}
     result["value"] = elapsed / count / 2 * 1e6 if kind == "lat" else size * count / elapsed / 1e6
+    if timed:
+        result |= quantiles([(b - a) / 2 * 1e6 for a, b in itertools.pairwise(marks)])
     return result
 
 
@@ -182,19 +201,23 @@ def perftest(
     for _ in range(8):  # perftest's clock sampling fails now and then, its port is not always free yet, and it may hang
         args.tcp_port += 1
         common[common.index("-p") + 1] = str(args.tcp_port)
-        printed = _run_perftest(common, environment)
+        printed, used = _run_perftest(common, environment)
         rows = re.findall(rf"^ *{size} +(.+)$", printed, re.MULTILINE)
         if rows:
             fields = rows[-1].split()
             # bw: iterations, peak, average [MB/s, of 2**20], rate; lat: iterations, min, max, typical, average, ... [us]
             value = float(fields[4 if kind == "lat" else 2])
             if 0 < value < float("inf"):
-                return {"value": value if kind == "lat" else value * (1 << 20) / 1e6}
+                result = {"user_us": used["user_s"] / count * 1e6, "cpu_us": sum(used.values()) / count * 1e6}
+                if kind == "lat":
+                    return {"value": value, "p50": float(fields[3]), "p99": float(fields[6])} | result
+                return {"value": value * (1 << 20) / 1e6} | result
     raise SystemExit(f"{' '.join(common)} gave no figure:\n{printed}")
 
 
-def _run_perftest(command: list[str], environment: dict[str, str]) -> str:
-    """What the client prints; a server is started for it."""
+def _run_perftest(command: list[str], environment: dict[str, str]) -> tuple[str, dict[str, float]]:
+    """What the client prints, and the CPU it takes, with all its preparations; a server is started for it."""
+    before = cpu_s(resource.RUSAGE_CHILDREN)
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
     try:
         for _ in range(100):
@@ -202,14 +225,15 @@ def _run_perftest(command: list[str], environment: dict[str, str]) -> str:
                 [*command, "127.0.0.1"], capture_output=True, text=True, timeout=30, env=environment
             )
             if "Couldn't connect" not in client.stderr + client.stdout:
-                return client.stdout + client.stderr
+                return client.stdout + client.stderr, since(before, cpu_s(resource.RUSAGE_CHILDREN))
+            before = cpu_s(resource.RUSAGE_CHILDREN)
             time.sleep(0.02)
     except subprocess.TimeoutExpired:
-        return "it did not end within 30 s"
+        return "it did not end within 30 s", {}
     finally:
         server.kill()
         server.wait()
-    return "its server can't be reached"
+    return "its server can't be reached", {}
 
 
 WORKER_CPUS = "/sys/devices/virtual/workqueue/cpumask"
@@ -312,6 +336,8 @@ def compare(args: argparse.Namespace, kind: str, cpus: str, size: int) -> dict[s
         "rdmaxfer": lambda: ours(args, kind, size, count),
         "perftest": lambda: perftest(args, kind, size, count, ring=kind == "bw"),
     }
+    if kind == "lat":
+        runs["timed"] = lambda: ours(args, kind, size, count, timed=True)
     if kind == "bw":
         runs["batches"] = lambda: ours(args, kind, size, count, batch=args.batch)
         runs["as many QPs"] = lambda: perftest(args, kind, size, count, ring=True, queue_pairs=args.queue_pairs)

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # help
-# Measures rdmaxfer against linux-rdma's perftest and pyzmq, and writes docs/performance.md with its plots.
+# Measures rdmaxfer against linux-rdma's perftest, pyzmq and other transfer engines, and writes docs/performance.md with its plots.
 #
 #   scripts/bench.sh [--rounds N]    alternating rounds of each comparison (default 5)
+#   scripts/bench.sh --no-engines    without DLSlime, Mooncake and NIXL, which are 700 MB to install, in build/engines
 #
 # All of it runs in a User Mode Linux guest with Soft-RoCE (scripts/softroce_uml.sh), where Python has this machine's speed, but
-# system calls cost a hundred times as much. It takes about 20 minutes. Leave the machine alone meanwhile: figures of a busy machine
+# system calls cost a hundred times as much. It takes about 40 minutes. Leave the machine alone meanwhile: figures of a busy machine
 # mean nothing. What was measured is kept in build/bench.
 # end of help
 set -euo pipefail
@@ -15,11 +16,12 @@ here=$(cd "$(dirname "$0")" && pwd)
 # shellcheck source=scripts/lib/venv.sh
 . "$here/lib/venv.sh"
 
-rounds=5
+rounds=5 engines=yes
 while (($#)); do
   case $1 in
     -h | --help) show_help; exit ;;
     --rounds) rounds=$2; shift 2 ;;
+    --no-engines) engines=; shift ;;
     *) die "unknown argument: $1 (see --help)" ;;
   esac
 done
@@ -42,6 +44,29 @@ python=$venv/bin/python
   dpkg-query -W -f='libibverbs ${Version}\n' libibverbs1 2>/dev/null || rpm -q libibverbs
 } >"$results/about.txt"
 
+# engine NAME REQUIREMENT: a Python of its own for an engine. They bring versions of libraries that nobody else should get.
+engine() {
+  local home=$checkout/build/engines/$1
+  [ -e "$home/made" ] && return
+  say "installing $2 into build/engines/$1"
+  rm -rf "$home"
+  "$python" -m venv "$home"
+  "$home/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps numpy "$2"
+  touch "$home/made"
+}
+if [ -n "$engines" ]; then
+  # What bench/vs_peers.py says of them: the versions are those that it was written for.
+  need_packages --apt libnuma1 libcurl4 liburing2 --dnf numactl-libs libcurl liburing
+  engine dlslime dlslime==0.1.23
+  engine mooncake mooncake-transfer-engine-non-cuda==0.3.13.post1
+  engine nixl nixl-cu12==1.5.1
+  echo '{"cpu:0": [["rxe0"], []]}' >"$checkout/build/engines/mooncake/topology.json"
+  drivers=$checkout/build/engines/nixl/drivers
+  mkdir -p "$drivers"
+  ln -sf "$checkout"/build/engines/nixl/lib/python3*/site-packages/nixl_cu12.libs/libibverbs-*.so* "$drivers/libibverbs.so.1"
+  cp -f /usr/lib*/*/libibverbs/librxe-rdmav*.so /usr/lib*/libibverbs/librxe-rdmav*.so "$drivers" 2>/dev/null || true
+fi
+
 say "hand-over between processes, by fabric"
 guest "$python" "$checkout/bench/handover.py" --fabrics shm tcp verbs --rounds "$rounds" --json "$results/handover.json"
 guest "$python" "$checkout/bench/handover.py" --fabrics shm tcp verbs --rounds "$rounds" --spin 0.001 --json "$results/spinning.json"
@@ -51,5 +76,10 @@ say "TCP against pyzmq"
 guest "$python" "$checkout/bench/vs_pyzmq.py" --rounds "$rounds" --json "$results/pyzmq.json"
 say "verbs against perftest"
 guest "$python" "$checkout/bench/vs_perftest.py" --rounds "$rounds" --json "$results/perftest.json"
+rm -f "$results/peers.json"
+if [ -n "$engines" ]; then
+  say "verbs against other transfer engines"
+  guest "$python" "$checkout/bench/vs_peers.py" --peers "$checkout/build/engines" --rounds "$rounds" --json "$results/peers.json"
+fi
 "$python" "$checkout/bench/render.py" "$results" "$checkout/docs"
 say "docs/performance.md is written"
