@@ -149,12 +149,13 @@ def pinned_mib() -> tuple[float, float]:
 
 def connections_mb_s(connections: int, frames: int = 400) -> float:
     """Frames of 1 MiB from so many processes to one receiver, all together."""
-    processes = []
     with rdmaxfer.Receiver(fabric="verbs", slots=16, slot_bytes=1 << 20) as receiver:
         endpoint = receiver.bind("tcp://127.0.0.1:*")
         command = [sys.executable, "-c", SEND, endpoint, str(frames // connections)]
-        for _ in range(connections):
-            processes.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+        processes = [
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            for _ in range(connections)
+        ]
         try:
             for process in processes:
                 assert process.stdout is not None

@@ -85,7 +85,7 @@ def engines(rows: list[dict[str, Any]]) -> list[str]:
             for figure in ("mb_s", "us"):
                 found = [each[engine][figure] for each in row["rounds"] if engine in each]
                 times = against(row, engine, figure)
-                line += f"| {statistics.median(found):.1f}, **{times:.2f}** " if times else "| – "
+                line += f"| {statistics.median(found):.1f}, **{times:.2f}** " if times else "| - "
         lines.append(line + "|")
     return lines
 

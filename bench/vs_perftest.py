@@ -18,7 +18,8 @@ Soft-RoCE does the network card's work in the kernel's worker threads. With the 
 part of what is measured is how soon an idle CPU wakes up for them; perftest, which never lets its CPU idle, is not hurt by that,
 whoever sleeps is. With the CPUs "split" (it takes root), the workers have the first CPU and all programs the others, ours and
 perftest's alike: that is how to compare frames that take long. For small frames on two CPUs it is not, since sender and receiver
-then share one. So bandwidth is measured in both ways, latency on shared CPUs only: both sides of perftest poll busily.
+then share one. So bandwidth of frames from 64 KiB on is measured in both ways, smaller ones and latency on shared CPUs only: both
+sides of perftest poll busily.
 
 A ratio above 1 means that rdmaxfer is faster. Run it on an otherwise idle machine: absolute figures on a shared one mean nothing.
 """
@@ -48,6 +49,7 @@ from rdmaxfer.fabric.route import local_ip_towards
 
 SIZES = {64: 8000, 4096: 8000, 65536: 3000, 1 << 20: 600, 8 << 20: 80}
 """Payload bytes -> frames a round."""
+SPLIT_FROM = 65536
 WARM_UP = 0.1
 """Share of a round's frames that are pushed before the clock starts."""
 
@@ -316,6 +318,8 @@ def main() -> None:
             if kind == "bw" or cpus == "shared":
                 with split_cpus() if cpus == "split" else contextlib.nullcontext():
                     for size in args.sizes:
+                        if cpus == "split" and size < SPLIT_FROM:
+                            continue
                         results.append(compare(args, kind, cpus, size))  # written below as they come
                         if args.json:
                             about = {

@@ -16,6 +16,8 @@ import sys
 import time
 
 DEPTH = 16
+WARM_UP = 4 * DEPTH
+"""Frames until all memory was used once, on both sides."""
 
 OURS = """
 import sys, time, numpy as np, rdmaxfer
@@ -56,7 +58,8 @@ def ours(size: int, seconds: float) -> float:
 
     with rdmaxfer.Receiver(fabric="tcp", slots=DEPTH, slot_bytes=size) as rx:
         child = start(OURS, rx.bind("tcp://127.0.0.1:*"), size, seconds)
-        rx.recv(timeout=60).release()
+        for _ in range(WARM_UP):
+            rx.recv(timeout=60).release()
         began, count, last = time.monotonic(), 0, 0.0
         while True:
             try:
@@ -75,7 +78,8 @@ def plain(size: int, seconds: float) -> float:
     with zmq.Context() as context, context.socket(zmq.PULL) as pull:
         pull.setsockopt(zmq.RCVHWM, DEPTH)
         child = start(PLAIN, f"tcp://127.0.0.1:{pull.bind_to_random_port('tcp://127.0.0.1')}", size, seconds)
-        pull.recv(copy=False)
+        for _ in range(WARM_UP):
+            pull.recv(copy=False)
         began, count = time.monotonic(), 0
         while len(pull.recv(copy=False)) == size:
             count += 1

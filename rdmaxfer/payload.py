@@ -40,7 +40,7 @@ class Payload:
 
 def payload_of(array: npt.ArrayLike) -> Payload:
     """What is to be sent for an argument of `push`. Raises FrameError, UnsupportedDtype, FrameTooLarge."""
-    if isinstance(array, (list, tuple)) and array and all(isinstance(part, np.ndarray) for part in array):
+    if isinstance(array, (list, tuple)) and array and {isinstance(part, np.ndarray) for part in array} == {True}:
         parts: tuple[AnyArray, ...] = tuple(array)
         first = parts[0]
         for number, part in enumerate(parts):
@@ -50,7 +50,7 @@ def payload_of(array: npt.ArrayLike) -> Payload:
                     f"{part.shape}.",
                     fix="push_many(arrays) sends each as a frame of its own; np.concatenate(arrays) makes one array of them.",
                 )
-        if all(part.dtype == first.dtype for part in parts):
+        if not [part for part in parts if part.dtype != first.dtype]:
             return Payload(frame_type((len(parts), *first.shape), first.dtype), parts)
     # numpy takes bytes for text.
     data = np.ndarray((len(array),), np.uint8, array) if isinstance(array, bytes) else np.asanyarray(array)

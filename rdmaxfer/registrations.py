@@ -71,12 +71,12 @@ class Registrations:
     def pieces(self, payload: Payload, *, keep: bool, gather: bool) -> tuple[Piece, ...] | None:
         """The registered memory that all of `payload` lies in, in order; `keep`: register what is not. None if it has to be copied,
         as also if it is in several pieces that nobody would `gather`."""
-        if not all(part.flags.c_contiguous and part.nbytes for part in payload.parts):
-            return None
         found: list[Piece] = []
         for part in payload.parts:
+            if not part.flags.c_contiguous or not part.nbytes:
+                return None
             address, nbytes = int(part.__array_interface__["data"][0]), part.nbytes
-            source: UserMemory | None = next((each for each in self._lasting if each.covers(address, nbytes)), None)
+            source = self._find(address, nbytes)
             if source is None and keep:
                 source = self._keep(part)
             if source is None:
@@ -89,6 +89,13 @@ class Registrations:
             else:
                 found.append(Piece(source, address, nbytes))
         return tuple(found)
+
+    def _find(self, address: int, nbytes: int) -> UserMemory | None:
+        # No generator that is left before its end: Ctrl-C in its clean-up would be lost.
+        for each in self._lasting:
+            if each.covers(address, nbytes):
+                return each
+        return None
 
     def _keep(self, part: np.ndarray[Any, Any]) -> UserMemory:
         self._sweep()

@@ -518,7 +518,7 @@ class Sender(Node[SendLink, SendStream]):
         return isinstance(memory, Buffer) and (memory.fd is not None or not self._pool.shared)
 
     def _all_lend(self) -> bool:
-        return all(link.endpoint.lends for link in [*self._links, *self._opening.values()])
+        return not [link for link in [*self._links, *self._opening.values()] if not link.endpoint.lends]
 
     def _source_of(self, memory: Any) -> Source:
         """The memory of a Receiver, to send from. With the lock held."""
@@ -671,7 +671,7 @@ class Sender(Node[SendLink, SendStream]):
         return self._registrations.pieces(payload, keep=keep, gather=self._all_gather())
 
     def _all_gather(self) -> bool:
-        return all(link.endpoint.gathers for link in [*self._links, *self._opening.values()])
+        return not [link for link in [*self._links, *self._opening.values()] if not link.endpoint.gathers]
 
     def _push_staged(
         self,
@@ -719,7 +719,7 @@ class Sender(Node[SendLink, SendStream]):
                     else "waiting for a receiver to connect"
                 )
                 streams = self._waiter.wait_locked(lambda: self._takers(kind.payload_bytes), deadline, what)
-            if all(self._register_for(piece.source, streams) for piece in pieces):
+            if not [piece for piece in pieces if not self._register_for(piece.source, streams)]:
                 break
         out = Outgoing(
             kind,
@@ -759,12 +759,13 @@ class Sender(Node[SendLink, SendStream]):
     def _takers(self, nbytes: int) -> list[SendStream] | None:
         """Who is to get a frame of `nbytes`, once there is room for it; None while there is none. Asks for larger slots where they
         are too small."""
+        if not self._losses:
+            self._pump_all()  # after which there may be fewer
         if self._losses or not self._streams:
             self._check_connected()
             if self._bound_policies and "block" not in self._bound_policies and not self._opening:
                 return []  # nobody listens, and nobody asked to be waited for
             return None
-        self._pump_all()
         streams = list(self._streams.values())
         for stream in streams:
             if stream.link is not None and nbytes > stream.link.slot_bytes:

@@ -140,6 +140,12 @@ class Waiter(Generic[L]):
                 self._follow(sleep_s)
             else:
                 self._lead(self._poller, sleep_s)
+                if self._poller.count:  # else `poll` looks at every link, which may take a system call for each
+                    self._dispatch(self._poller)
+                    self._look_for_ends()
+                    value = ready()
+                    if value is not None:
+                        return value
 
     def rest(self, until: Callable[[], bool], timeout_s: float) -> None:
         """Sleep until `until()`, without polling, and without `check`; or until the time is up."""
@@ -176,6 +182,9 @@ class Waiter(Generic[L]):
             poller.poll()
             self._dispatch(poller)
         self._polls += 1
+        self._look_for_ends()
+
+    def _look_for_ends(self) -> None:
         for link in self.links:
             if not link.live:
                 self._ended()

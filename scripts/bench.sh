@@ -6,7 +6,7 @@
 #   scripts/bench.sh --no-engines    without DLSlime, Mooncake and NIXL, which are 700 MB to install, in build/engines
 #
 # All of it runs in a User Mode Linux guest with Soft-RoCE (scripts/softroce_uml.sh), where Python has this machine's speed, but
-# system calls cost a hundred times as much. It takes about 40 minutes. Leave the machine alone meanwhile: figures of a busy machine
+# system calls cost a hundred times as much. It takes about half an hour. Leave the machine alone meanwhile: figures of a busy machine
 # mean nothing. What was measured is kept in build/bench.
 # end of help
 set -euo pipefail

@@ -13,10 +13,11 @@ from rdmaxfer.fabric.owner import Owner
 
 if TYPE_CHECKING:
     from rdmaxfer.fabric.shared import Shared
+    from rdmaxfer.fabric.sockets import Sockets
     from rdmaxfer.fabric.verbs import Endpoint
 
 LOOK_EVERY = 64
-"""Polls after which the sockets of shared memory are looked at, even if nobody ever waits."""
+"""Polls after which sockets are looked at that rarely say something, even if nobody ever waits."""
 
 
 class Poller(Owner):
@@ -40,6 +41,8 @@ class Poller(Owner):
         """As long as no endpoint is a device's, nothing is needed of libibverbs."""
         self._shared: Shared | None = None
         """As long as no endpoint is in shared memory, nothing is needed of that."""
+        self._sockets: Sockets | None = None
+        """As long as no endpoint is a socket, nothing is needed of ZeroMQ."""
         self._endpoints: tuple[Any, ...] = ()
         self._soft: tuple[tuple[int, soft.Endpoint], ...] = ()
         self._taken: list[soft.Completion] = []
@@ -75,6 +78,15 @@ class Poller(Owner):
             self._shared = Shared(self, self._wake_fd)
         if self._shared is not None:
             self._shared.watch(lending)
+        sockets = [each for _, each in self._soft if not each.lends]
+        if sockets and self._sockets is None:
+            from rdmaxfer.fabric.sockets import Sockets
+
+            self._sockets = Sockets(self, self._wake_fd)
+        if self._sockets is not None:
+            self._sockets.watch(sockets)
+            if self._shared is not None:
+                self._shared.heed(self._sockets.fd)
         self._endpoints = watched
 
     @property
@@ -110,8 +122,10 @@ class Poller(Owner):
         if self._native is not None:
             self._native.poll(self.turn)
         if self._soft:
-            if self._shared is not None and self.turn % LOOK_EVERY == 0:
-                self._shared.look()
+            if self.turn % LOOK_EVERY == 0:
+                for each in (self._shared, self._sockets):
+                    if each is not None:
+                        each.look()
             self._take()
         return self.count
 
@@ -120,28 +134,46 @@ class Poller(Owner):
         if self._state != "open":
             self._check_open()
         self.turn += 1
-        if self._soft:
+        sockets = self._sockets
+        if sockets is not None:
+            sockets.prepare()
+        if self._soft and not (self._shared is None and sockets is not None and sockets.drained and not self._taken):
             self._take()
             if self._taken:
                 timeout_s = 0.0
-        shared = self._shared
+        if sockets is not None:
+            timeout_s = sockets.limit(timeout_s)
+        self._sleep_on(spin_s, timeout_s)
+        if sockets is not None:
+            sockets.rest()
+        return self.count
+
+    def _sleep_on(self, spin_s: float, timeout_s: float | None) -> None:
+        """Sleep on what there is: the descriptor of each kind is among those of the next."""
+        shared, sockets = self._shared, self._sockets
         self.slept = True
         if self._native is not None and self._native.watched:
-            if shared is None:
-                self._native.wait(self.turn, self._wake_fd, spin_s, timeout_s)
-            else:
+            if shared is not None:
                 self._native.wait(self.turn, shared.fd, spin_s, shared.prepare(timeout_s))
                 shared.wait(0.0, 0.0)
-                self._take()
+            else:
+                fd = sockets.fd if sockets is not None else self._wake_fd
+                self._native.wait(self.turn, fd, spin_s, timeout_s)
+            if sockets is not None:
+                sockets.wait(0.0)
             self.slept = self._native.slept
         elif shared is not None:
             shared.wait(spin_s, timeout_s)
-            self._take()
+            if sockets is not None:
+                sockets.wait(0.0)
             self.slept = shared.slept
+        elif sockets is not None:
+            sockets.wait(timeout_s)
         elif self._sleep.poll(None if timeout_s is None else max(0.0, timeout_s * 1000)):
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._wake_fd)
-        return self.count
+        if self._soft:
+            self._take()
 
     def _take(self) -> None:
         """Look at the completions in software. They stay where they are until they are handled."""

@@ -39,6 +39,11 @@ class Shared(Owner):
     def fd(self) -> int:
         return self._epoll.fileno()
 
+    def heed(self, fd: int) -> None:
+        """A wait ends when `fd` has input, too."""
+        with contextlib.suppress(FileExistsError):
+            self._epoll.register(fd, select.EPOLLIN)
+
     def watch(self, endpoints: Sequence[Any]) -> None:
         for endpoint in self._endpoints:
             endpoint.asleep = False

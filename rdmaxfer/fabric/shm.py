@@ -223,11 +223,7 @@ class ShmEndpoint(soft.Endpoint):
         self._capacity = min(MAX_CAPACITY, 1 << (max(send_depth, recv_depth) - 1).bit_length())
         self._key = secrets.token_bytes(KEY_BYTES)
         self.ep: Any = None
-        """The native end, once there is a peer."""
-        self.changes = 0
-        """Of `files` and `ep`: the Poller has to look at them again."""
-        self.asleep = False
-        """Whether the Poller is about to sleep, or does."""
+        """The native end, once there is a peer. `changes` is of it, too."""
         self._queues: Any = None
         self._eventfds: list[int] = []
         self._listener: socket.socket | None = None
@@ -434,9 +430,6 @@ class ShmEndpoint(soft.Endpoint):
             self._for_one_frame.add(number)
 
     # --- posting -------------------------------------------------------------------------------------------------------
-
-    def attend(self) -> None:
-        pass
 
     def write(
         self,

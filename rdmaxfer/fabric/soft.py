@@ -1,8 +1,7 @@
 """Fabrics without a device: what those in software share.
 
-A *service* thread moves the bytes, as a card does for verbs: it takes what was posted, places what arrives, and appends
-completions, whatever the program's own threads do. So Ctrl-C, which only the main thread sees, can't come between a frame's arrival
-and its completion; and posting is one `deque.append`, which has happened or has not.
+The threads that post and poll move the bytes themselves. What has happened is counted by the native code below, so that it may be
+repeated after Ctrl-C: what was posted, what has arrived, and which of it was taken.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import secrets
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 from rdmaxfer.errors import VerbsError
 from rdmaxfer.fabric.owner import Owner
@@ -77,8 +76,8 @@ class Completion:
 
 
 class Mailbox(Generic[T]):
-    """What one thread posts and the service takes. Putting something in is one `deque.append`, and counted, so that a thread that
-    Ctrl-C has interrupted can tell whether it had."""
+    """A queue that counts. Putting something in is one `deque.append`, so that who was interrupted by Ctrl-C can tell whether it
+    had."""
 
     def __init__(self, items: Iterable[T] = ()) -> None:
         self._items = deque(items)
@@ -101,8 +100,8 @@ class Mailbox(Generic[T]):
     def taken(self) -> int:
         return self._taken
 
-    def first(self) -> T:
-        return self._items[0]
+    def __len__(self) -> int:
+        return len(self._items)
 
     def peek(self, index: int) -> T:
         return self._items[index]
@@ -111,15 +110,6 @@ class Mailbox(Generic[T]):
         with self._mutex:
             self._taken += 1
             return self._items.popleft()
-
-
-class Posted(NamedTuple):
-    """Something to be done by the service."""
-
-    wr_id: int
-    signaled: bool
-    parts: tuple[Any, ...]
-    """What to send; nothing for a mere completion."""
 
 
 class Region(Owner):
@@ -212,7 +202,7 @@ class ProtectionDomain(Owner):
 
 
 class Endpoint(Owner):
-    """One end of a connection of one lane. A fabric's own says how to pack, and serves it from its thread."""
+    """One end of a connection of one lane. A fabric's own says how to post and to take what comes."""
 
     lanes = 1
     in_ring = False
@@ -222,54 +212,22 @@ class Endpoint(Owner):
     def __init__(self, pd: ProtectionDomain, *, recv_depth: int) -> None:
         super().__init__(pd)
         self.pd = pd
-        self.outbox: Mailbox[Posted] = Mailbox()
         self.receives: Mailbox[int] = Mailbox(range(recv_depth))
         self.done: deque[Completion] = deque()
-        """Completions not taken yet. The service appends, the Poller takes."""
+        """Completions not taken yet. `gather` appends, the Poller takes."""
         self.wake: Callable[[], None] = _nobody
         """Tells the Poller."""
+        self.asleep = False
+        """Whether the Poller is about to sleep, or does."""
+        self.changes = 0
+        """Of `files`: the Poller has to look at them again."""
         self.error = ""
         """Why it broke."""
         self._messages: dict[int, bytes] = {}
-        self._corked = False
-        self._posted_before = 0
         self._reposted_before = 0
-
-    # --- posting -------------------------------------------------------------------------------------------------------
 
     def wr_count(self, nbytes: int) -> int:
         return 1
-
-    def post(self, posted: Posted) -> None:
-        """Give the service something to do."""
-        self._check_open()
-        if self.error:
-            raise VerbsError(f"{self.error}.", verb="post_send", errno=107)
-        self.outbox.put(posted)
-        if not self._corked:
-            self.attend()
-
-    def attend(self) -> None:
-        """Have the service look after this endpoint."""
-        raise NotImplementedError
-
-    def clear_posted(self) -> None:
-        self._posted_before = self.outbox.total
-
-    @property
-    def last_posted(self) -> int:
-        """How much was posted since `clear_posted`, whatever interrupted it."""
-        return self.outbox.total - self._posted_before
-
-    def write_empty(self, wr_id: int, lane: int = 0) -> None:
-        self.post(Posted(wr_id, True, ()))
-
-    # --- receives ------------------------------------------------------------------------------------------------------
-
-    def repost_recv(self, wr_ids: Iterable[int], lane: int = 0) -> None:
-        for wr_id in wr_ids:
-            self.receives.put(wr_id)
-        self.attend()
 
     def clear_reposted(self) -> None:
         self._reposted_before = self.receives.total
@@ -282,37 +240,41 @@ class Endpoint(Owner):
         return self._messages[wr_id]
 
     def cork(self) -> None:
-        """Don't call the service for each."""
-        self._corked = True
+        pass
 
     def uncork(self) -> None:
-        self._corked = False
-        self.attend()
+        pass
 
     def start(self) -> None:
         """Both sides are connected."""
 
-    def gather(self) -> None:
-        """Called before `done` is looked at: append to it what nobody else does."""
+    @property
+    def files(self) -> dict[int, object]:
+        """What to watch for input, and then to call `look`: by descriptor, what it is that of."""
+        raise NotImplementedError
 
-    # --- for the service -----------------------------------------------------------------------------------------------
+    def look(self) -> None:
+        """One of `files` has input."""
+        raise NotImplementedError
+
+    def gather(self) -> None:
+        """Called before `done` is looked at: append to it what has completed."""
+        raise NotImplementedError
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there are completions that nobody has handled."""
+        try:
+            return not self.done[-1].handled
+        except IndexError:
+            return False
 
     def complete(self, completion: Completion) -> None:
         """Something is over."""
-        empty = not self.done
+        idle = not self.waiting
         self.done.append(completion)
-        if empty:
+        if idle:
             self.wake()
-
-    def arrived(self, nbytes: int, imm: int, placed: tuple[bytes, memoryview] | None = None) -> None:
-        """The peer has written, and tells so. There is a receive for it."""
-        self.complete(Completion(self.receives.take(), is_recv=True, byte_len=nbytes, imm=imm, placed=placed))
-
-    def message(self, data: bytes) -> None:
-        """The peer has sent a message. There is a receive for it."""
-        wr_id = self.receives.take()
-        self._messages[wr_id] = data
-        self.complete(Completion(wr_id, is_recv=True, byte_len=len(data)))
 
     def broke(self, why: str) -> None:
         """The connection is of no use any more; the first reason counts."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import FABRIC, TIMEOUT_S, Background, pair, picture, resources, rest, spawn, wait_until
+from helpers import TIMEOUT_S, Background, pair, picture, resources, rest, spawn, wait_until
 
 import rdmaxfer
 
@@ -221,7 +221,7 @@ def test_fifty_connections_leave_nothing_behind() -> None:
         wait_until(lambda: resources() == before, f"{resources()} != {before}")
         assert before, "rdma resource show said nothing"
         threads = [thread for thread in threading.enumerate() if "rdmaxfer" in thread.name]
-        assert len(threads) == (2 if FABRIC == "tcp" else 1)
+        assert len(threads) == 1
 
 
 def test_many_threads_push_and_receive_at_once() -> None:

@@ -293,7 +293,9 @@ signal.signal(signal.SIGALRM, on_signal)
 accepted, interrupted = {}, 0
 with rdmaxfer.Sender(slots=4) as tx:
     tx.connect(sys.argv[1], timeout=60)
-    for number in range(400):
+    number = 0
+    while number < 400 or (interrupted < 20 and number < 50_000):  # the faster a push, the fewer signals hit it
+        number += 1
         signal.setitimer(signal.ITIMER_REAL, random.expovariate(500) + 1e-6)
         try:
             armed = True

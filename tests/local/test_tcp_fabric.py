@@ -95,6 +95,7 @@ def test_what_is_posted_before_the_peer_is_there_waits_for_it(stack: ExitStack) 
     bound.nothing_comes()
     there = bound.endpoint.address
     other.endpoint.connect(port=there.port, key=there.key, peer_key=None)
+    assert [wc.wr_id for wc in bound.take(1)] == [1]
     assert frame(other.take(1)[0]) == b"x" * 100
 
 
