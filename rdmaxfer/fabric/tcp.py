@@ -201,6 +201,8 @@ class TcpEndpoint(soft.Endpoint):
         self._gathering = False
         self.drained = False
         """Whether there was nothing more to receive, and ZeroMQ's descriptor will say so when there is."""
+        self.hurry = False
+        """Whether there is more to look at, of which nothing tells."""
         self._strangers = 0
         """Messages that took no receive, among those consumed."""
         self._socket: zmq.Socket[bytes] | None = None
@@ -423,6 +425,8 @@ class TcpEndpoint(soft.Endpoint):
     @property
     def patience_s(self) -> float | None:
         """How long one may sleep until `gather` could find something that no descriptor tells."""
+        if self.hurry:
+            return 0.0
         if self._ends_s is not None and not self.error:
             return max(0.0, self._ends_s - time.monotonic())
         return TRACK_S if self._under_way and not self.error else None
@@ -465,28 +469,44 @@ class TcpEndpoint(soft.Endpoint):
 
     def _take_in(self, new: list[Completion]) -> str:
         """Take what has arrived, as long as there are receives for it. What is wrong with it, if anything."""
-        lib, channel = self._lib, self._channel
         room = min(AT_A_TIME, len(self.receives))
-        count = lib.wx_fetch(channel, room) if room else 0
-        self.drained = 0 < room > count
+        count = self._fetch(room)
         if count < 0:
             return f"the TCP connection broke: {zmq.strerror(-count)}"
-        for taken in range(count):
-            message = lib.wx_at(channel, taken)
-            part = 0
-            if self.route.bound:
-                part = 1
-                if bytes(self._ffi.buffer(message.data[0], message.bytes[0])) != self._peer:
-                    if taken:
-                        return ""  # his turn comes when those before him were taken
-                    self._on_stranger(message)
-                    return self._take_in(new)
-            arrived = self._placed(message, part, self.receives.peek(taken))
+        part = int(self.route.bound)  # behind the sender's name
+        for index in range(count):
+            message = self._lib.wx_at(self._channel, index)
+            if part and not self._is_peers(message):
+                self.drained = False
+                break  # its turn comes when those before it were taken
+            arrived = self._placed(message, part, self.receives.peek(index))
             if arrived is None:
                 return "the peer sent what is no write of this version, or one to memory that is not its"
-            arrived.ordinal = self.receives.taken + taken + 1
+            arrived.ordinal = self.receives.taken + index + 1
             new.append(arrived)
         return ""
+
+    def _fetch(self, room: int) -> int:
+        """Have up to `room` messages here, of which the first is the peer's. How many are here, or a negative errno."""
+        self.drained = self.hurry = False
+        if not room:
+            return 0
+        for _ in range(AT_A_TIME):
+            count = int(self._lib.wx_fetch(self._channel, room))
+            if count <= 0 or not self.route.bound:
+                break
+            message = self._lib.wx_at(self._channel, 0)
+            if self._is_peers(message):
+                break
+            self._on_stranger(message)
+        else:
+            self.hurry = True
+            return 0
+        self.drained = 0 <= count < room
+        return count
+
+    def _is_peers(self, message: Any) -> bool:
+        return bytes(self._ffi.buffer(message.data[0], message.bytes[0])) == self._peer
 
     def _on_stranger(self, message: Any) -> None:
         """The first message of all that are here, of one who is not the peer: or not yet."""

@@ -175,6 +175,24 @@ def test_strangers_are_not_listened_to(stack: ExitStack) -> None:
     assert frame(target.take(1)[0]) == b"z" * 64
 
 
+def test_a_flood_of_a_stranger_holds_nobody_up(stack: ExitStack) -> None:
+    target, peer = Side(stack, bound=True), Side(stack, bound=False)
+    there = target.endpoint.address
+    context = stack.enter_context(zmq.Context())
+    stranger = stack.enter_context(context.socket(zmq.DEALER))
+    stranger.setsockopt(zmq.LINGER, 0)
+    stranger.setsockopt(zmq.SNDHWM, 0)
+    stranger.connect(f"tcp://127.0.0.1:{there.port}")
+    for _ in range(20_000):
+        stranger.send(b"let me in")
+    peer.endpoint.connect(port=there.port, key=there.key, peer_key=None)
+    for number in range(3 * RECVS):
+        peer.write(target, b"y" * 64, imm=number)
+        (wc,) = target.take(1)
+        assert (wc.imm, frame(wc)) == (number, b"y" * 64)
+        target.endpoint.repost_recv([wc.wr_id])
+
+
 def end_by_to_error(side: Side) -> None:
     side.endpoint.to_error()
 
