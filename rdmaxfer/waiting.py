@@ -140,7 +140,7 @@ class Waiter(Generic[L]):
                 self._follow(sleep_s)
             else:
                 self._lead(self._poller, sleep_s)
-                if self._poller.count:  # else `poll` looks at every link, which may take a system call for each
+                if self._poller.count and self._poller.looking_costs:
                     self._dispatch(self._poller)
                     self._look_for_ends()
                     value = ready()

@@ -90,6 +90,11 @@ class Poller(Owner):
         self._endpoints = watched
 
     @property
+    def looking_costs(self) -> bool:
+        """Whether a `poll` takes a system call for each endpoint."""
+        return self._sockets is not None
+
+    @property
     def count(self) -> int:
         """Completions taken and not cleared."""
         return (self._native.count if self._native is not None else 0) + len(self._taken)
