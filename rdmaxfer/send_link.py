@@ -343,7 +343,9 @@ class SendLink(Link):
                 self._recvs_due = self._recvs_due[self.endpoint.last_reposted :]
 
     def teardown(self, timeout_s: float) -> None:
+        self.endpoint.holds = list(self.reads_from)
         super().teardown(timeout_s)
-        # The queue pairs are gone: nothing reads from the memory any more.
+        self.endpoint.holds = None
+        # The queue pairs are gone: no device reads from the memory any more.
         for lane in self._lanes:
             lane.in_flight.clear()

@@ -86,6 +86,8 @@ class Endpoint(Protocol):
     """Whether the peer reads what is written where it is, and goes on to do so."""
     gathers: bool
     """Whether a `write` of several pieces copies none of them."""
+    holds: object
+    """What has to stay as long as memory may be read from, if that is longer than this endpoint is open."""
 
     @property
     def address(self) -> Any:

@@ -208,6 +208,7 @@ class Endpoint(Owner):
     in_ring = False
     lends = False
     gathers = False
+    holds: object = None
 
     def __init__(self, pd: ProtectionDomain, *, recv_depth: int) -> None:
         super().__init__(pd)

@@ -122,8 +122,12 @@ class TcpDomain(Owner):
 
     def free(self, channel: Any, memory: object) -> None:
         """Free a channel, and `memory` with it, once ZeroMQ has let go of it."""
-        _, lib, _ = _native()
         self._freed.append((channel, memory))
+        self.sweep()
+
+    def sweep(self) -> None:
+        """Look what ZeroMQ has let go of."""
+        _, lib, _ = _native()
         for each in list(self._freed):
             if lib.wx_let_go(each[0]) >= lib.wx_referred(each[0]):
                 self._freed.remove(each)
@@ -150,6 +154,7 @@ class TcpProtectionDomain(soft.ProtectionDomain):
         max_write_bytes: int = 0,
     ) -> TcpEndpoint:
         """`max_write_bytes`: no more is taken of a peer at once."""
+        self.domain.sweep()
         return TcpEndpoint(
             self, route, recv_depth=recv_depth, max_message_bytes=max(max_write_bytes, SMALL_MESSAGE_BYTES)
         )
@@ -620,7 +625,7 @@ class TcpEndpoint(soft.Endpoint):
         self._release(clean=False)
         channel, self._channel = self._channel, None
         if channel is not None:
-            self._domain.free(channel, self._under_way)
+            self._domain.free(channel, (self._under_way, self.holds))
         self.done.clear()
 
 

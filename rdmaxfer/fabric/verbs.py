@@ -233,6 +233,7 @@ class Endpoint(Owner):
     in_ring = True
     lends = False
     gathers = True
+    holds: object = None
 
     def __init__(
         self,
