@@ -122,6 +122,18 @@ def plot(path: Path, rows: list[dict[str, Any]], lat: list[dict[str, Any]]) -> N
 LABELS = {"rdmaxfer": "push, recv", "batches": "push_many, recv_many", "perftest": "perftest"}
 
 
+def pyzmq_ratio(row: dict[str, Any]) -> float:
+    return statistics.median(a / b for a, b in zip(row["rdmaxfer"], row["pyzmq"], strict=True))
+
+
+def pyzmq_lines(rows: list[dict[str, Any]]) -> list[str]:
+    return ["| bytes | rdmaxfer over TCP, MB/s | pyzmq, MB/s | ratio |", "|---|---|---|---|"] + [
+        f"| {NAMES[each['bytes']]} | {statistics.median(each['rdmaxfer']):.0f} | {statistics.median(each['pyzmq']):.0f} "
+        f"| {pyzmq_ratio(each):.2f} |"
+        for each in rows
+    ]
+
+
 def goal_row(figure: str, wanted: str, value: str, met: bool) -> str:
     return f"| {figure} | {wanted} | {value} | {'met' if met else '**not met**'} |"
 
@@ -150,7 +162,10 @@ def main() -> None:
     spinning = json.loads((args.results / "spinning.json").read_text())
     pyzmq = json.loads((args.results / "pyzmq.json").read_text())
     figures = json.loads((args.results / "figures.json").read_text())
-    figures |= json.loads((args.results / "import.json").read_text())
+    here = {
+        name: json.loads((args.results / f"host_{name}.json").read_text()) for name in ("figures", "handover", "pyzmq")
+    }
+    figures["import_ms"] = here["figures"]["import_ms"]
     peers_file = args.results / "peers.json"
     peers = json.loads(peers_file.read_text()) if peers_file.exists() else {"rows": [], "failed": {}}
     about = (args.results / "about.txt").read_text().strip().splitlines()
@@ -159,10 +174,7 @@ def main() -> None:
     split = [row for row in rows["bw"] if row["cpus"] == "split"]
     plot(args.docs / "performance", shared, rows["lat"])
     by_size = {row["bytes"]: row for row in shared}
-    tcp = {
-        row["bytes"]: statistics.median(a / b for a, b in zip(row["rdmaxfer"], row["pyzmq"], strict=True))
-        for row in pyzmq
-    }
+    tcp = {row["bytes"]: pyzmq_ratio(row) for row in pyzmq}
     shm = {row["bytes"]: row for row in spinning if row["fabric"] == "shm"}
 
     def at(size: int, who: str = "rdmaxfer") -> float:
@@ -240,12 +252,17 @@ def main() -> None:
                 for a, b in zip(handover, spinning, strict=True)
             ]
         ),
-        "PYZMQ": "\n".join(
-            ["| bytes | rdmaxfer over TCP, MB/s | pyzmq, MB/s | ratio |", "|---|---|---|---|"]
+        "PYZMQ": "\n".join(pyzmq_lines(pyzmq)),
+        "HOST_PYZMQ": "\n".join(pyzmq_lines(here["pyzmq"])),
+        "HOST_HANDOVER": "\n".join(
+            ["| fabric | bytes | one way, µs | of that, push |", "|---|---|---|---|"]
             + [
-                f"| {NAMES[each['bytes']]} | {statistics.median(each['rdmaxfer']):.0f} | {statistics.median(each['pyzmq']):.0f} | {tcp[each['bytes']]:.2f} |"
-                for each in pyzmq
+                f"| {each['fabric']} | {NAMES[each['bytes']]} | {each['one_way_us']:.0f} | {each['push_us']:.0f} |"
+                for each in here["handover"]
             ]
+        ),
+        "HOST_HANDSHAKES": ", ".join(
+            f"{fabric} {here['figures'][f'handshake_{fabric}_ms']:.1f} ms" for fabric in ("shm", "tcp")
         ),
         "ENGINES": "\n".join(engines(peers["rows"]))
         + "".join(f"\n\n{ENGINES[name]} failed {why}." for name, why in peers["failed"].items()),

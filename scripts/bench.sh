@@ -67,11 +67,14 @@ if [ -n "$engines" ]; then
   cp -f /usr/lib*/*/libibverbs/librxe-rdmav*.so /usr/lib*/libibverbs/librxe-rdmav*.so "$drivers" 2>/dev/null || true
 fi
 
+say "what takes no device, on this machine itself"
+"$python" "$checkout/bench/figures.py" --no-device --rounds "$rounds" --json "$results/host_figures.json"
+"$python" "$checkout/bench/handover.py" --spin 0.001 --rounds "$rounds" --json "$results/host_handover.json"
+"$python" "$checkout/bench/vs_pyzmq.py" --rounds "$rounds" --json "$results/host_pyzmq.json"
 say "hand-over between processes, by fabric"
 guest "$python" "$checkout/bench/handover.py" --fabrics shm tcp verbs --rounds "$rounds" --json "$results/handover.json"
 guest "$python" "$checkout/bench/handover.py" --fabrics shm tcp verbs --rounds "$rounds" --spin 0.001 --json "$results/spinning.json"
-say "one to many, handshakes, idle receivers, memory, importing"
-"$python" "$checkout/bench/figures.py" --import-only --rounds "$rounds" --json "$results/import.json"
+say "one to many, handshakes, idle receivers, memory"
 guest "$python" "$checkout/bench/figures.py" --rounds "$rounds" --json "$results/figures.json"
 say "TCP against pyzmq"
 guest "$python" "$checkout/bench/vs_pyzmq.py" --rounds "$rounds" --json "$results/pyzmq.json"
