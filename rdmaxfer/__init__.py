@@ -23,6 +23,7 @@ except ModuleNotFoundError as error:
         "Fix: run from another folder, or install the sources with `pip install -e .`"
     ) from error
 
+from rdmaxfer.callback import Callback
 from rdmaxfer.errors import (
     ClosedError,
     ConnectTimeout,
@@ -52,15 +53,17 @@ from rdmaxfer.errors import (
 )
 from rdmaxfer.lease import Frame, Gap, Slot
 from rdmaxfer.node import LinkInfo, StateChange
-from rdmaxfer.receiver import Receiver, ReceiverStatistics
+from rdmaxfer.receiver import Receiver
 from rdmaxfer.send_stream import Dropped
-from rdmaxfer.sender import Sender, SenderStatistics
+from rdmaxfer.sender import Sender
 from rdmaxfer.sharing import attach
 from rdmaxfer.staging import Registration
+from rdmaxfer.statistics import Latency, ReceiverStatistics, SenderStatistics
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Callback",
     "ClosedError",
     "ConnectTimeout",
     "CurveError",
@@ -75,6 +78,7 @@ __all__ = [
     "FrameReleased",
     "FrameTooLarge",
     "Gap",
+    "Latency",
     "LinkInfo",
     "LocalProtocolError",
     "MemlockError",

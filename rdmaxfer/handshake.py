@@ -112,7 +112,7 @@ class Acceptor(Generic[L, S]):
             )
         theirs = hello.fabrics[0]
         try:
-            route = node.route_back(theirs, self._host)
+            route = node.routing.back(theirs, self._host)
             stream, start = node.stream_of(hello, self._new_stream)
             lanes = len(theirs.queue_pairs) if isinstance(theirs, messages.VerbsAddress) else 1
             link = node.open_link(hello.session, stream, route, queue_pairs=lanes)
@@ -238,6 +238,8 @@ class Connector(Generic[L, S]):
         """True once connected, None while under way; raises what ended the attempt. With the node's lock held."""
         if self._error is not None:
             raise self._error
+        if self._stream.unwanted and self._link.state is LinkState.OPENING:
+            raise ClosedError("connecting was given up.")
         if self._link.state is LinkState.FAILED and self._link.error is not None:
             raise self._link.error
         return None if self._link.state is LinkState.OPENING else True

@@ -18,6 +18,7 @@ from rdmaxfer.errors import FrameReleased
 from rdmaxfer.frame import FrameHeader, decode_metadata
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     from typing_extensions import Self
 
     from rdmaxfer.recv_stream import RecvStream
@@ -124,6 +125,36 @@ class Frame:
             self._metadata = decode_metadata(self._header.metadata)
         return self._metadata
 
+    @property
+    def timestamp(self) -> np.datetime64:
+        """When it was captured, or, if the sender did not say that, when it was pushed: UTC, in nanoseconds."""
+        return np.datetime64(self.captured_ns or self.pushed_ns, "ns")
+
+    # What other libraries ask for, to take a frame for its array without a copy. As long as they have that, the frame stays leased,
+    # unless it is released.
+
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
+        array = self.array
+        if dtype is not None and np.dtype(dtype) != array.dtype:
+            if copy is False:
+                raise ValueError(f"a frame of {array.dtype} can't be had as {np.dtype(dtype)} without a copy")
+            return array.astype(dtype)
+        return array.copy() if copy else array
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        return self.array.__array_interface__
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        kind, number = self.array.__dlpack_device__()
+        return int(kind), int(number)
+
+    def __buffer__(self, flags: int, /) -> memoryview:  # Python 3.12 and later
+        return self.array.data
+
     def copy(self) -> Frame:
         """The same frame in memory of its own, which nobody else writes to and which stays as long as you keep it.
 
@@ -228,7 +259,7 @@ class FrameLease:
 class Slot:
     """Registered memory to fill in place: what `Sender.reserve` gives.
 
-    Leaving its `with` block pushes the frame; an exception in the block discards it.
+    Leaving its `with` (or `async with`) block pushes the frame; an exception in the block discards it.
     """
 
     __slots__ = ("_array", "_holder", "_sender", "_staging", "_timeout", "captured_ns", "metadata", "seq")
@@ -289,6 +320,21 @@ class Slot:
         self._staging = None
         return self.seq
 
+    async def commit_async(self) -> int:
+        """As `commit`, without holding up the event loop. When cancelled, nothing was pushed, and it may be tried again."""
+        if self._staging is None or self._holder is None:
+            raise FrameReleased("this slot was already committed or discarded.", fix="reserve another slot.")
+        self.seq = await self._sender._push_staged_async(
+            self._staging,
+            self._holder,
+            self._array,
+            metadata=self.metadata,
+            captured_ns=self.captured_ns,
+            timeout=self._timeout,
+        )
+        self._staging = None
+        return self.seq
+
     def discard(self) -> None:
         """Give the memory back without pushing. Harmless after a commit."""
         staging, self._staging = self._staging, None
@@ -308,6 +354,22 @@ class Slot:
             return
         try:
             self.commit()
+        finally:
+            self.discard()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._staging is None:
+            return
+        if kind is not None:
+            self.discard()
+            return
+        try:
+            await self.commit_async()
         finally:
             self.discard()
 

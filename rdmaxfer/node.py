@@ -23,7 +23,6 @@ from rdmaxfer.domains import Domains
 from rdmaxfer.errors import (
     ClosedError,
     CurveError,
-    EndpointError,
     ForkedError,
     NoDevice,
     NotConnected,
@@ -32,23 +31,23 @@ from rdmaxfer.errors import (
     Refused,
     RemoteProtocolError,
     VerbsError,
-    VerbsUnavailable,
 )
-from rdmaxfer.fabric.choice import NAMES, Fabric, wanted
-from rdmaxfer.fabric.route import gid_to_ip
+from rdmaxfer.fabric.choice import Fabric
 from rdmaxfer.handshake import Acceptor, Connector, NewStream
 from rdmaxfer.link import Link, LinkState
 from rdmaxfer.reconnecting import Reconnecting
+from rdmaxfer.routing import Routing
+from rdmaxfer.status import Status
 from rdmaxfer.stream import Origin, Stream
 from rdmaxfer.waiting import Deadline, Waiter
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from rdmaxfer.aio import Alarm
     from rdmaxfer.cm.control import BoundServer, Connection, Control
     from rdmaxfer.cm.curve import Curve
     from rdmaxfer.fabric.base import AnyRoute, Domain
-    from rdmaxfer.fabric.devices import Route
     from rdmaxfer.fabric.events import Events
 
 log = logging.getLogger("rdmaxfer")
@@ -74,9 +73,16 @@ S = TypeVar("S", bound=Stream[Any])
 _nodes: weakref.WeakSet[Node[Any, Any]] = weakref.WeakSet()
 
 
+def nodes() -> list[Node[Any, Any]]:
+    """All Senders and Receivers of this process that are not closed."""
+    return [node for node in list(_nodes) if not node.closed and not node._forked]
+
+
 def _mark_forked() -> None:
     for node in list(_nodes):
         node._forked = True
+        if node._status is not None:
+            node._status.close()
 
 
 def _curve(secret_key: str | os.PathLike[str] | None, allowed_keys: str | os.PathLike[str] | None) -> Curve | None:
@@ -175,10 +181,7 @@ class Node(Generic[L, S]):
         self.reconnect_s = reconnect_s if reconnect else 0.0
         self._on_state = on_state
         self._curve = _curve(secret_key, allowed_keys)
-        self._device = device if device is not None else os.environ.get("RDMAXFER_DEVICE") or None
-        self._port = port
-        self._gid_index = gid_index
-        self._fabric = wanted(fabric, names_device=(device, port, gid_index) != (None, None, None))
+        self.routing = Routing(fabric, device, port, gid_index)
         self._slots = slots
         self._slot_bytes = slot_bytes
         self._queue_pairs = queue_pairs
@@ -213,6 +216,8 @@ class Node(Generic[L, S]):
         self._failure: BaseException | None = None
         self._forked = False
         self._warned_open = False
+        self._alarmed: Alarm | None = None
+        self._status: Status | None = None
         _nodes.add(self)
 
     # --- making and ending connections ---------------------------------------------------------------------------------
@@ -235,8 +240,8 @@ class Node(Generic[L, S]):
                 fix=f"{type(self).__name__}(secret_key=..., allowed_keys=DIRECTORY), with NAME.key of each peer that may connect.",
             )
         with self._making():
-            if self._fabric == "verbs":
-                self.route(
+            if self.routing.fabric == "verbs":
+                self.routing.by_verbs(
                     "127.0.0.1"
                 )  # without a device (or without the one named), waiting for peers would be in vain
             server = self._get_control().bind(
@@ -263,6 +268,26 @@ class Node(Generic[L, S]):
     def _connect(
         self, endpoint: str, timeout: float | None, peer_key: str | os.PathLike[str] | None, new_stream: NewStream[S]
     ) -> None:
+        self._connect_stream(self._stream_towards(endpoint, timeout, peer_key, new_stream), timeout)
+
+    async def _connect_async(
+        self, endpoint: str, timeout: float | None, peer_key: str | os.PathLike[str] | None, new_stream: NewStream[S]
+    ) -> None:
+        from rdmaxfer.aio import in_thread
+
+        stream = self._stream_towards(endpoint, timeout, peer_key, new_stream)
+
+        def stop() -> None:
+            with self._lock:
+                stream.unwanted = True
+                self._waiter.wake()
+
+        await in_thread(self._connect_stream, stream, timeout, stop=stop)
+
+    def _stream_towards(
+        self, endpoint: str, timeout: float | None, peer_key: str | os.PathLike[str] | None, new_stream: NewStream[S]
+    ) -> S:
+        """What is to be connected. Raises EndpointError, CurveError, ValueError."""
         if (peer_key is None) != (self._curve is None):
             raise CurveError(
                 "with CURVE, a side that connects needs both its own secret key and the peer's public key.",
@@ -277,6 +302,9 @@ class Node(Generic[L, S]):
         origin = Origin(endpoint, parse(endpoint).host, key)
         stream = new_stream(secrets.token_bytes(messages.SESSION_BYTES), origin)
         stream.reconnect_s = self.reconnect_s
+        return stream
+
+    def _connect_stream(self, stream: S, timeout: float | None) -> None:
         deadline = Deadline(timeout)
         while True:
             try:
@@ -291,7 +319,7 @@ class Node(Generic[L, S]):
         assert stream.origin is not None
         deadline = Deadline(timeout)
         host = stream.origin.host
-        route = self.shm_route_towards(host) or self.route_towards(host)
+        route = self.routing.shm_towards(host) or self.routing.towards(host)
         while True:
             try:
                 return self._reach(stream, route, None if timeout is None else max(0.0, deadline.left_s()))
@@ -299,13 +327,13 @@ class Node(Generic[L, S]):
                 refused = isinstance(error, Refused) and error.code == messages.RefuseCode.FABRIC.value
                 # What this side itself can't do after all is another matter only for shared memory, of which nobody asks before.
                 failed = isinstance(error, NoDevice) and route.fabric == "shm"
-                if self._fabric != "auto" or route.fabric == "tcp" or not (refused or failed):
+                if self.routing.fabric != "auto" or route.fabric == "tcp" or not (refused or failed):
                     raise
                 if route.fabric == "shm":
                     log.info("not by shared memory: %s", error)
-                    route = self.route_towards(host)
+                    route = self.routing.towards(host)
                 else:
-                    route = self._tcp_route(host, f"the peer can't take part over verbs: {error}", instead=True)
+                    route = self.routing.tcp(host, f"the peer can't take part over verbs: {error}", instead=True)
 
     def _reach(self, stream: S, route: AnyRoute, timeout: float | None) -> None:
         assert stream.origin is not None
@@ -359,6 +387,21 @@ class Node(Generic[L, S]):
             f"waiting for {count} peer{'s' if count != 1 else ''}",
         )
 
+    async def wait_for_peers_async(self, count: int = 1, timeout: float | None = None) -> None:
+        """As `wait_for_peers`, without holding up the event loop."""
+        what = f"waiting for {count} peer{'s' if count != 1 else ''}"
+        await self._alarm.look_and_wait(lambda: True if len(self._links) >= count else None, Deadline(timeout), what)
+
+    @property
+    def _alarm(self) -> Alarm:
+        """What coroutines wait by."""
+        with self._lock:
+            if self._alarmed is None:
+                from rdmaxfer.aio import Alarm
+
+                self._alarmed = Alarm(self)
+            return self._alarmed
+
     def links(self) -> tuple[LinkInfo, ...]:
         """The connections there are now, what carries their frames, and why."""
         with self._lock:
@@ -377,7 +420,16 @@ class Node(Generic[L, S]):
             self._check_usable()
             if self._control is None:
                 self._control = Control(self.name, self.control_failed, self._curve)
+                self._begin_status(self._control)
             return self._control
+
+    def _begin_status(self, control: Control) -> None:
+        """Answer `rdmaxfer top`. That it can't be is no reason not to go on."""
+        try:
+            self._status = status = Status(self)
+            control.watch_fd(status.fd, status.answer)
+        except OSError as error:
+            log.info("rdmaxfer top will not see this %s: %s", type(self).__name__, error)
 
     def control_failed(self, error: BaseException) -> None:
         with self._lock:
@@ -390,105 +442,6 @@ class Node(Generic[L, S]):
             return self._domains.get(route, self._curve.identity if self._curve is not None else None)
 
     # --- what the handshake asks of either side (rdmaxfer.handshake) ----------------------------------------------------
-
-    def route_towards(self, host: str) -> AnyRoute:
-        """How to reach `host`, by which fabric. Raises NoDevice, VerbsUnavailable."""
-        if self._fabric == "tcp":
-            return self._tcp_route(host, "TCP was asked for")
-        try:
-            return self.route(host)
-        except (NoDevice, VerbsUnavailable) as error:
-            if self._fabric != "auto":
-                raise
-            return self._tcp_route(host, f"this side can't take part over verbs: {error}", instead=True)
-
-    def shm_route_towards(self, host: str) -> AnyRoute | None:
-        """By shared memory, if that was asked for, or if `host` is this machine and nothing was. Raises NoDevice."""
-        if self._fabric not in ("auto", "shm"):
-            return None
-        from rdmaxfer.fabric import shm
-        from rdmaxfer.fabric.route import local_ip_towards, resolve
-
-        if self._fabric == "shm":
-            return shm.ShmRoute(bound=False, reason="shared memory was asked for")
-        ip = resolve(host)
-        if ip is None or local_ip_towards(host) != ip or shm.problem():
-            return None
-        return shm.ShmRoute(bound=False, reason=f"{ip} is this machine, and the peer belongs to the same user")
-
-    def _shm_route_back(self, theirs: messages.ShmAddress) -> AnyRoute:
-        from rdmaxfer.fabric import shm
-
-        if self._fabric in ("verbs", "tcp"):
-            raise NoDevice(
-                f"the side that connects offers shared memory, and this one takes part over {NAMES[self._fabric]} only.",
-                fix=f'fabric="{self._fabric}" or "auto" on both sides.',
-            )
-        why = shm.problem()
-        if not why and theirs.host != shm.host_id():
-            why = "the peer is on another machine, in another container, or belongs to another user"
-        if why:
-            raise NoDevice(f"frames can't go by shared memory: {why}.", fix='fabric="auto", "verbs" or "tcp".')
-        return shm.ShmRoute(bound=True, reason="the side that connects offers shared memory, and is this user's")
-
-    def _tcp_route(self, host: str, reason: str, *, instead: bool = False) -> AnyRoute:
-        from rdmaxfer.fabric.tcp import TcpRoute
-
-        return TcpRoute(host, bound=False, reason=reason, instead=instead)
-
-    def route_back(self, theirs: messages.Fabric, host: str) -> AnyRoute:
-        """How to serve a peer that offers `theirs`, at an endpoint that is bound to `host`. Raises NoDevice, VerbsUnavailable."""
-        if isinstance(theirs, messages.ShmAddress):
-            return self._shm_route_back(theirs)
-        if isinstance(theirs, messages.TcpAddress):
-            if self._fabric == "verbs":
-                raise NoDevice(
-                    "the side that connects offers TCP, and this one takes part over verbs only.",
-                    fix='give the side that connects an RDMA device, or fabric="auto" to this one.',
-                )
-            if self._fabric == "shm":
-                raise NoDevice(
-                    "the side that connects offers TCP, and this one takes part over shared memory only.",
-                    fix='fabric="auto" to this one.',
-                )
-            from rdmaxfer.fabric.tcp import TcpRoute
-
-            return TcpRoute(host, bound=True, reason="the side that connects asked for TCP")
-        if self._fabric in ("tcp", "shm"):
-            raise NoDevice(
-                f"the side that connects offers verbs, and this one takes part over {NAMES[self._fabric]} only.",
-                fix=f'fabric="{self._fabric}" or "auto" on both sides.',
-            )
-        peer = str(gid_to_ip(theirs.gid)) if theirs.link_layer == "ethernet" else None
-        route = self.route(peer, peer_gid=theirs.gid)
-        if route.link_layer.lower() != theirs.link_layer:
-            raise NoDevice(
-                f"the link layers differ: {route.device} here is {route.link_layer.lower()}, {theirs.device} there is "
-                f"{theirs.link_layer}.",
-                fix="choose devices on the same network with device=...",
-            )
-        return route
-
-    def route(self, host: str | None, peer_gid: bytes | None = None) -> Route:
-        """The device, port and GID that lead to `host` (a name or address; None: unknown). Raises NoDevice, VerbsUnavailable."""
-        from rdmaxfer.fabric import devices
-        from rdmaxfer.fabric.route import local_ip_towards, resolve
-
-        peer_ip = resolve(host) if host is not None else None
-        if host is not None and peer_ip is None:
-            raise EndpointError(
-                f"the host name {host!r} is not known.",
-                fix="check its spelling, /etc/hosts and the name server, or use an address.",
-            )
-        return devices.choose_gid(
-            devices.list_devices(),
-            device=self._device,
-            port=self._port,
-            gid_index=self._gid_index,
-            local_ip=local_ip_towards(host) if host is not None else None,
-            peer_ip=peer_ip,
-            peer_gid=peer_gid,
-        )
 
     def stream_of(self, hello: messages.Hello, new_stream: NewStream[S]) -> tuple[S, messages.Progress]:
         """On the control thread: what the peer asks a connection for, and from where it is to go on. If as far as is known here it
@@ -877,6 +830,15 @@ class Node(Generic[L, S]):
     # --- the end -------------------------------------------------------------------------------------------------------
 
     @property
+    def slots(self) -> int:
+        """Frames that may be on their way or held at a time, for each peer."""
+        return self._slots
+
+    def statistics(self) -> Any:
+        """A snapshot of the counters."""
+        raise NotImplementedError
+
+    @property
     def closed(self) -> bool:
         return self._closing
 
@@ -898,6 +860,12 @@ class Node(Generic[L, S]):
                 self._waiter.rest(lambda: not self._makers, MAKING_S)
             self._dismantle(deadline)
 
+    async def close_async(self, timeout: float = 5.0) -> None:
+        """As `close`, without holding up the event loop. It goes on to its end also when this is cancelled."""
+        from rdmaxfer.aio import in_thread
+
+        await in_thread(self.close, timeout)
+
     def _say_goodbye(self, deadline: Deadline) -> None:
         raise NotImplementedError
 
@@ -909,12 +877,16 @@ class Node(Generic[L, S]):
             stack.callback(self._free_memory)
             stack.callback(self._retire_all)
             stack.callback(self._join_threads)
+            if self._status is not None:
+                stack.callback(self._status.close)
             if self._control is not None:
                 self._control.close(max(0.2, min(1.0, deadline.left_s())))
 
     def _join_threads(self) -> None:
         for each in self._reconnecting:
             each.join(MAKING_S)
+        if self._alarmed is not None:
+            self._alarmed.join(MAKING_S)
 
     def _retire_all(self) -> None:
         for link in [*self._links, *self._opening.values()]:
@@ -936,6 +908,16 @@ class Node(Generic[L, S]):
             self.close()
         except RdmaxferError as second:
             log.warning("while closing after %r: %s", error, second)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        from rdmaxfer.aio import in_thread
+
+        await in_thread(self.__exit__, kind, error, trace)
 
     def __del__(self) -> None:
         if not getattr(self, "_closed", True) and not self._forked and (self._control is not None or self._domains):

@@ -20,6 +20,11 @@ class Piece(NamedTuple):
     nbytes: int
 
 
+def whole(source: Source, nbytes: int) -> tuple[Piece, ...]:
+    """The first `nbytes` of it, in one piece."""
+    return (Piece(source, source.address, nbytes),)
+
+
 class Outgoing:
     """Whoever has this has the frame's memory: it is reused when the last reference to `holder` is gone."""
 

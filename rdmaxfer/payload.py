@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     AnyArray = np.ndarray[Any, Any]
 
 
+HOST_MEMORY = {1, 3, 11}
+"""DLPack's kinds of devices whose memory the processor reads: CPU, and what CUDA and ROCm have pinned of it (dlpack.h)."""
+
+
 class Payload:
     """The type of a frame, and its parts in their order: one array, or several of one shape and dtype, which the frame has along
     its first axis."""
@@ -52,9 +56,34 @@ def payload_of(array: npt.ArrayLike) -> Payload:
                 )
         if not [part for part in parts if part.dtype != first.dtype]:
             return Payload(frame_type((len(parts), *first.shape), first.dtype), parts)
-    # numpy takes bytes for text.
-    data = np.ndarray((len(array),), np.uint8, array) if isinstance(array, bytes) else np.asanyarray(array)
+    data = _as_array(array)
     return Payload(frame_type(data.shape, data.dtype), (data,))
+
+
+def _as_array(given: Any) -> AnyArray:
+    if isinstance(given, np.ndarray):
+        array: AnyArray = given
+        return array
+    if isinstance(given, bytes):  # which numpy takes for text
+        text: AnyArray = np.ndarray((len(given),), np.uint8, given)
+        return text
+    try:
+        if hasattr(given, "__dlpack__") and not hasattr(given, "__array__"):
+            device = getattr(given, "__dlpack_device__", lambda: (1, 0))()
+            if device[0] not in HOST_MEMORY:
+                raise BufferError("its memory is that of another device")
+            return np.from_dlpack(given)
+        return np.asanyarray(given)
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+        BufferError,
+    ) as error:  # as tensors of other devices, or with a gradient, do
+        raise FrameError(
+            f"{type(given).__name__} can't be taken for an array: {error}",
+            fix="pass a numpy array, or what numpy.asarray takes, in this machine's own memory, like tensor.detach().cpu().",
+        ) from error
 
 
 def _copy(data: AnyArray, staging: StagingSlot, offset: int) -> None:

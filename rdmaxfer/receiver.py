@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import os
 import threading
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -21,6 +21,7 @@ from rdmaxfer.errors import (
     NoMemory,
     RdmaxferError,
     RemoteProtocolError,
+    TimeoutExpired,
 )
 from rdmaxfer.fabric.choice import Fabric
 from rdmaxfer.lease import Frame, FrameLease
@@ -28,9 +29,12 @@ from rdmaxfer.link import recv_depth, send_depth
 from rdmaxfer.node import Node, StateChange
 from rdmaxfer.recv_link import RecvLink
 from rdmaxfer.recv_stream import RecvStream
+from rdmaxfer.statistics import MAX_SAMPLES, SAMPLED, Latency, ReceiverStatistics, Times
 from rdmaxfer.waiting import PATIENCE_S, Deadline
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from rdmaxfer.fabric.base import AnyRoute, Domain
     from rdmaxfer.sharing import Sharing
     from rdmaxfer.stream import Origin
@@ -56,42 +60,6 @@ MAX_REMEMBERED = 1024
 
 MAX_OFFERS = 4
 """Larger rings a sender may have asked for without using any: more would be memory for nothing."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ReceiverStatistics:
-    """A snapshot of a receiver's counters, since it was made."""
-
-    peers: int
-    """Senders connected now."""
-    turned_away: int
-    """Connections to endpoints bound here that failed before a word was said: no CURVE key, a wrong one, or no ZeroMQ at all."""
-    refused: int
-    """Requests to endpoints bound here that were refused: over a limit, malformed, replayed, of the wrong version or role, ..."""
-    expired: int
-    """Handshakes with endpoints bound here that were not finished, and connections that were not renewed."""
-    reconnecting: int
-    """Senders whose connection broke, and that are expected to come back."""
-    reconnects: int
-    """How often a sender has come back."""
-    peers_lost: int
-    """Senders that were given up: they went without a goodbye, and did not come back."""
-    frames: int
-    """Frames handed out by `recv` or iteration."""
-    bytes: int
-    """Their payload bytes."""
-    missed: int
-    """Numbers missing between these frames: the sum of their gaps."""
-    writes: int
-    """WRITE_WITH_IMM completions polled: frames that a device placed in registered memory."""
-    credits_sent: int
-    """Credit messages sent back."""
-    leased: int
-    """Frames held now: arrived or handed out, not released."""
-    resizes: int
-    """Rings replaced by larger ones."""
-    pinned_bytes: int
-    """Memory registered for senders now."""
 
 
 class Receiver(Node[RecvLink, RecvStream]):
@@ -197,6 +165,7 @@ class Receiver(Node[RecvLink, RecvStream]):
         """The latest number received over streams that were given up, should their senders come back after all."""
         self._latest_seqs: OrderedDict[bytes, int] = OrderedDict()
         """... and from senders, by their own ids: for gaps between streams."""
+        self._times: deque[Times] = deque(maxlen=MAX_SAMPLES)
         self._frames = 0
         self._bytes = 0
         self._missed = 0
@@ -245,6 +214,8 @@ class Receiver(Node[RecvLink, RecvStream]):
                     entry = ready[0]
                     taken.append(entry)
                     ready.popleft()
+                    if self._frames % SAMPLED == 0:
+                        self._times.append((entry[1].captured_ns, entry[1].pushed_ns, time.time_ns()))
                     self._frames += 1
                     self._bytes += entry[1].nbytes
                     gap = entry[1].gap
@@ -269,6 +240,47 @@ class Receiver(Node[RecvLink, RecvStream]):
                         if all(other is not entry for other in ready):
                             ready.appendleft(entry)
             raise
+
+    async def recv_async(self, timeout: float | None = None) -> Frame:
+        """As `recv`, without holding up the event loop. When cancelled, no frame is lost: the next call has it."""
+        return (await self._recv_async(1, timeout))[0]
+
+    async def recv_many_async(self, max_frames: int, timeout: float | None = None) -> list[Frame]:
+        """As `recv_many`, without holding up the event loop. When cancelled, no frame is lost."""
+        if max_frames < 1:
+            raise ValueError(f"max_frames is a number of at least 1, not {max_frames!r}")
+        return await self._recv_async(max_frames, timeout)
+
+    async def _recv_async(self, most: int, timeout: float | None) -> list[Frame]:
+        deadline = Deadline(timeout)
+        await self._alarm.checkpoint()
+        while True:
+            try:
+                return self._recv(most, 0.0)
+            except TimeoutExpired:
+                if deadline.left_s() <= 0:
+                    raise
+            if self._ready and self._sharing is not None:
+                await self._sharing.room(self._ready[0][1], deadline)
+            else:
+                await self._alarm.until(self._next, deadline, "waiting for a frame")
+
+    def __aiter__(self) -> Self:
+        """Frames until the end of the stream (see `recv`), or until this receiver is closed."""
+        return self
+
+    async def __anext__(self) -> Frame:
+        try:
+            return await self.recv_async()
+        except (EndOfStream, ClosedError):
+            raise StopAsyncIteration from None
+
+    async def connect_async(
+        self, endpoint: str, timeout: float | None = 30.0, *, peer_key: str | os.PathLike[str] | None = None
+    ) -> None:
+        """As `connect`, without holding up the event loop. When cancelled, the attempt is given up; if it has just succeeded, the
+        connection stays."""
+        await self._connect_async(endpoint, timeout, peer_key, self._new_stream)
 
     def __iter__(self) -> Iterator[Frame]:
         """Frames until the end of the stream (see `recv`), or until this receiver is closed."""
@@ -313,6 +325,8 @@ class Receiver(Node[RecvLink, RecvStream]):
                 leased=sum(len(stream.leases) for stream in [*self._streams.values(), *self._draining]),
                 resizes=self._resizes,
                 pinned_bytes=self._pinned_bytes,
+                push_to_recv=Latency.of([taken - pushed for _, pushed, taken in self._times]),
+                capture_to_recv=Latency.of([taken - captured for captured, _, taken in self._times if captured]),
             )
 
     # --- what streams and links ask (rdmaxfer.recv_stream.Inbox, rdmaxfer.recv_link.Host) --------------------------------
@@ -591,4 +605,4 @@ class Receiver(Node[RecvLink, RecvStream]):
                 )
 
 
-__all__ = ["Receiver", "ReceiverStatistics"]
+__all__ = ["Receiver"]

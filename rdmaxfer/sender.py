@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import functools
 import logging
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from rdmaxfer.callback import Callback
 from rdmaxfer.cm.messages import MAX_SLOT_BYTES, Accept, Hello, Progress, Refuse, RefuseCode, Resized, RingAddress
 from rdmaxfer.errors import (
     ClosedError,
@@ -39,12 +39,13 @@ from rdmaxfer.lease import Frame, Slot
 from rdmaxfer.link import recv_depth, send_depth
 from rdmaxfer.memory import Buffer, ForeignMemory
 from rdmaxfer.node import MAKING_S, Node, StateChange
-from rdmaxfer.outgoing import Outgoing, Piece
+from rdmaxfer.outgoing import Outgoing, Piece, whole
 from rdmaxfer.payload import Payload, payload_of
 from rdmaxfer.registrations import Registrations, hold, let_go
 from rdmaxfer.send_link import SendLink
 from rdmaxfer.send_stream import TOO_LARGE, WHEN_FULL, Dropped, SendStream, WhenFull
 from rdmaxfer.staging import Holder, Registration, Source, StagingPool, StagingSlot
+from rdmaxfer.statistics import SenderStatistics
 from rdmaxfer.waiting import PATIENCE_S, Deadline
 
 if TYPE_CHECKING:
@@ -75,44 +76,6 @@ BATCH = 16
 
 GOODBYE_S = 1.0
 """How long `close` waits for the receivers' devices to confirm BYE."""
-
-
-@dataclasses.dataclass(frozen=True)
-class SenderStatistics:
-    """A snapshot of a sender's counters, since it was made."""
-
-    peers: int
-    """Receivers connected now."""
-    turned_away: int
-    """Connections to endpoints bound here that failed before a word was said: no CURVE key, a wrong one, or no ZeroMQ at all."""
-    refused: int
-    """Requests to endpoints bound here that were refused: over a limit, malformed, replayed, of the wrong version or role, ..."""
-    expired: int
-    """Handshakes with endpoints bound here that were not finished, and connections that were not renewed."""
-    reconnecting: int
-    """Receivers whose connection broke, and that are expected to come back."""
-    reconnects: int
-    """How often a receiver has come back."""
-    peers_lost: int
-    """Receivers that were given up, or said goodbye before they had released all frames."""
-    frames: int
-    """Frames accepted by `push` and `reserve`: each counts once, however many receivers there are."""
-    bytes: int
-    """Their payload bytes."""
-    copied: int
-    """Frames that were copied into staging memory first (the others were in registered memory already)."""
-    waits: int
-    """How often `push` had to wait for credit or staging memory."""
-    unreleased: int
-    """Frames that the slowest receiver has not released yet."""
-    dropped: int
-    """Frames dropped by `when_full`, or as too large for a receiver: summed over the receivers. `take_drops` has the numbers."""
-    unheard: int
-    """Frames pushed while nobody was connected, and every endpoint has a `when_full` that drops."""
-    credits_received: int
-    """Credit messages received."""
-    resizes: int
-    """Resizes asked for."""
 
 
 class Sender(Node[SendLink, SendStream]):
@@ -250,6 +213,19 @@ class Sender(Node[SendLink, SendStream]):
         _check_policy(when_full)
         self._connect(endpoint, timeout, peer_key, functools.partial(self._new_stream, when_full=when_full))
 
+    async def connect_async(
+        self,
+        endpoint: str,
+        timeout: float | None = 30.0,
+        *,
+        peer_key: str | os.PathLike[str] | None = None,
+        when_full: WhenFull = "block",
+    ) -> None:
+        """As `connect`, without holding up the event loop. When cancelled, the attempt is given up; if it has just succeeded, the
+        connection stays."""
+        _check_policy(when_full)
+        await self._connect_async(endpoint, timeout, peer_key, functools.partial(self._new_stream, when_full=when_full))
+
     def _new_stream(self, id_: bytes, origin: Origin | None, when_full: WhenFull = "block") -> SendStream:
         return SendStream(id_, origin, when_full, self._slots)
 
@@ -303,12 +279,38 @@ class Sender(Node[SendLink, SendStream]):
         try:
             payload.copy_into(staging)
             with self._lock:
-                seq = self._push(kind, _whole(staging, kind), holder, packed, captured_ns, deadline)
+                seq = self._push(kind, whole(staging, kind.payload_bytes), holder, packed, captured_ns, deadline)
                 self._copied += 1
                 return seq
         finally:
             if not holder.sent:
                 self._discard_staged(staging, holder)
+
+    async def push_async(
+        self,
+        array: npt.ArrayLike,
+        *,
+        metadata: Mapping[str, Any] | None = None,
+        captured_ns: int | None = None,
+        copy: bool = True,
+        timeout: float | None = None,
+    ) -> int:
+        """As `push`, without holding up the event loop; what is larger than 1 MiB is copied on another thread. When cancelled, the
+        frame was not sent to anybody. Frames that coroutines push at the same time come in any order."""
+        from rdmaxfer import async_sending
+
+        captured_ns = _nanoseconds(captured_ns)
+        return await async_sending.push(
+            self, array, metadata=metadata, captured_ns=captured_ns, copy=copy, timeout=timeout
+        )
+
+    def as_callback(self, *, metadata: Mapping[str, Any] | None = None, timeout: float = 0.0) -> Callback:
+        """For camera libraries that call back from a thread of theirs: `camera.on_frame(sender.as_callback())`.
+
+        What is called with a frame pushes it, within `timeout` seconds, or drops and counts it; it never raises. `metadata`: goes
+        along with each, such as {"pixel_format": "BGR8"}.
+        """
+        return Callback(self, metadata, timeout)
 
     def push_many(
         self,
@@ -390,7 +392,7 @@ class Sender(Node[SendLink, SendStream]):
         except BaseException:
             self._discard_staged(staging, holder)
             raise
-        return _Prepared(kind, _whole(staging, kind), staging, holder)
+        return _Prepared(kind, whole(staging, kind.payload_bytes), staging, holder)
 
     def _push_own_batch(self) -> None:
         """This may be called by what `push_many` takes its arrays from, to use again what it has already given."""
@@ -454,6 +456,23 @@ class Sender(Node[SendLink, SendStream]):
         kind = frame_type(shape, dtype)
         holder = Holder()
         staging = self._stage(kind, holder, Deadline(timeout))
+        return Slot(self, staging, holder, staging.array(kind.shape, kind.dtype), metadata, timeout)
+
+    async def reserve_async(
+        self,
+        shape: int | tuple[int, ...],
+        dtype: npt.DTypeLike = np.uint8,
+        *,
+        metadata: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+    ) -> Slot:
+        """As `reserve`, without holding up the event loop: `async with await sender.reserve_async(shape, dtype) as slot: ...`.
+        When cancelled, no memory stays reserved."""
+        from rdmaxfer import async_sending
+
+        kind = frame_type(shape, dtype)
+        holder = Holder()
+        staging = await async_sending.stage(self, kind, holder, Deadline(timeout))
         return Slot(self, staging, holder, staging.array(kind.shape, kind.dtype), metadata, timeout)
 
     def forward(
@@ -560,41 +579,52 @@ class Sender(Node[SendLink, SendStream]):
         self._push_own_batch()
         with self._lock:
             latest = self._seq - 1
-
-            def released() -> bool | None:
-                self._pump_all()
-                waiting = False
-                for stream in self._streams.values():
-                    oldest = stream.oldest_seq
-                    link = stream.link
-                    if oldest is not None and oldest <= latest:
-                        waiting = True
-                        if link is not None:
-                            link.ask_credit()
-                    elif link is not None and link.ring.completed < link.ring.released:
-                        waiting = True
-                        link.fence()
-                if waiting:
-                    return None
-                for loss in self._losses:
-                    if loss.unreleased:
-                        self._losses.remove(loss)
-                        raise loss
-                return True
-
             try:
-                self._waiter.wait_locked(released, Deadline(timeout), "flushing")
+                self._waiter.wait_locked(lambda: self._released(latest), Deadline(timeout), "flushing")
             except TimeoutExpired as error:
-                text = "; ".join(
-                    f"{stream.peer}{'' if stream.link else ', which is to come back,'} has not released {len(seqs)} "
-                    f"frame{'s' if len(seqs) != 1 else ''}, the first is {seqs[0]}"
-                    for stream in self._streams.values()
-                    if (seqs := stream.unreleased)
-                )
-                raise TimeoutExpired(
-                    f"{error} {text or 'the device has not confirmed all writes'}.",
-                    fix="the receiver must release its frames (leave their `with` blocks) and call recv() again.",
-                ) from None
+                raise self._flush_expired(error) from None
+
+    async def flush_async(self, timeout: float | None = None) -> None:
+        """As `flush`, without holding up the event loop."""
+        from rdmaxfer import async_sending
+
+        await async_sending.flush(self, timeout)
+
+    def _released(self, latest: int) -> bool | None:
+        """Whether all frames up to number `latest` are done with. With the lock held."""
+        self._pump_all()
+        waiting = False
+        for stream in self._streams.values():
+            oldest = stream.oldest_seq
+            link = stream.link
+            if oldest is not None and oldest <= latest:
+                waiting = True
+                if link is not None:
+                    link.ask_credit()
+            elif link is not None and link.ring.completed < link.ring.released:
+                waiting = True
+                link.fence()
+        if waiting:
+            return None
+        for loss in self._losses:
+            if loss.unreleased:
+                self._losses.remove(loss)
+                raise loss
+        return True
+
+    def _flush_expired(self, error: TimeoutExpired) -> TimeoutExpired:
+        """The same error, which says what is outstanding."""
+        with self._lock:
+            text = "; ".join(
+                f"{stream.peer}{'' if stream.link else ', which is to come back,'} has not released {len(seqs)} "
+                f"frame{'s' if len(seqs) != 1 else ''}, the first is {seqs[0]}"
+                for stream in self._streams.values()
+                if (seqs := stream.unreleased)
+            )
+        return TimeoutExpired(
+            f"{error} {text or 'the device has not confirmed all writes'}.",
+            fix="the receiver must release its frames (leave their `with` blocks) and call recv() again.",
+        )
 
     def take_drops(self) -> list[Dropped]:
         """Which frames were dropped for which receiver since the latest call: ranges of numbers, for each receiver in their order.
@@ -687,7 +717,25 @@ class Sender(Node[SendLink, SendStream]):
         packed = encode_metadata(metadata) if metadata else b""
         captured_ns = _nanoseconds(captured_ns)
         with self._lock:
-            return self._push(kind, _whole(staging, kind), holder, packed, captured_ns, Deadline(timeout))
+            return self._push(kind, whole(staging, kind.payload_bytes), holder, packed, captured_ns, Deadline(timeout))
+
+    async def _push_staged_async(
+        self,
+        staging: StagingSlot,
+        holder: Holder,
+        array: np.ndarray[Any, Any],
+        *,
+        metadata: Mapping[str, Any] | None,
+        captured_ns: int,
+        timeout: float | None,
+    ) -> int:
+        from rdmaxfer import async_sending
+
+        kind = frame_type(array.shape, array.dtype)
+        packed = encode_metadata(metadata) if metadata else b""
+        captured_ns = _nanoseconds(captured_ns)
+        pieces = whole(staging, kind.payload_bytes)
+        return await async_sending.send(self, kind, pieces, holder, packed, captured_ns, Deadline(timeout))
 
     def _discard_staged(self, staging: StagingSlot, holder: Holder) -> None:
         with self._lock:
@@ -1149,10 +1197,6 @@ class _Prepared(NamedTuple):
     pieces: tuple[Piece, ...]
     staging: StagingSlot | None
     holder: Holder
-
-
-def _whole(staging: StagingSlot, kind: FrameType) -> tuple[Piece, ...]:
-    return (Piece(staging, staging.address, kind.payload_bytes),)
 
 
 def _check_policy(when_full: str) -> None:

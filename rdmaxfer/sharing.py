@@ -109,6 +109,16 @@ class Sharing:
         finally:
             lease.forwarded = self._sender.next_seq != before
 
+    async def room(self, frame: Frame, deadline: Deadline) -> None:
+        """Wait until all that are attached have room for `frame`."""
+        sender, nbytes = self._sender, frame.nbytes
+        with contextlib.suppress(PeerLost):
+            await sender._alarm.until(
+                lambda: sender._takers(nbytes) if sender.heard else [],
+                deadline,
+                "waiting for those that have attached to have room for a frame",
+            )
+
     def close(self, timeout_s: float) -> None:
         fd, self._fd = self._fd, -1
         if fd < 0:

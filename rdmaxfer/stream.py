@@ -46,6 +46,8 @@ class Stream(Generic[L]):
         """The connection in use, or the one before: to be torn down before the stream goes on."""
         self.attempt = 0
         """Of the latest HELLO about it, sent or received."""
+        self.unwanted = False
+        """Whether who asked for it has given it up, while it was being connected for the first time."""
         self.waits = 0
         """How often it has begun to wait."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import subprocess
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import TIMEOUT_S, Background, check_frames, pair, picture, wait_until
+from soft_roce import ADDRESS, OTHER_ADDRESS, SoftRoCE, run
 from streams import streaming
 
 import rdmaxfer
@@ -22,46 +22,7 @@ from rdmaxfer.fabric.route import gid_to_ip
 
 pytestmark = pytest.mark.verbs
 
-ADDRESS = "10.97.31.1"
-OTHER_ADDRESS = "10.97.44.9"
 PROMPTLY_S = 10.0
-
-
-def run(*command: str) -> None:
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=30)
-
-
-class SoftRoCE:
-    """A Soft-RoCE device on a network device of its own."""
-
-    name = "rxtest"
-    netdev = "rxnet"
-
-    def add(self) -> None:
-        run("rdma", "link", "add", self.name, "type", "rxe", "netdev", self.netdev)
-
-    def delete(self) -> None:
-        run("rdma", "link", "delete", self.name)
-
-    def make(self) -> None:
-        try:
-            run("ip", "link", "add", self.netdev, "type", "dummy")
-            run("ip", "address", "add", f"{ADDRESS}/24", "dev", self.netdev)
-            run("ip", "link", "set", self.netdev, "up")
-            self.add()
-        except subprocess.CalledProcessError:
-            self.unmake()
-            raise
-
-    def renumber(self) -> None:
-        """Another address, and so another GID."""
-        run("ip", "address", "add", f"{OTHER_ADDRESS}/24", "dev", self.netdev)
-        run("ip", "address", "del", f"{ADDRESS}/24", "dev", self.netdev)
-
-    def unmake(self) -> None:
-        for command in (("rdma", "link", "delete", self.name), ("ip", "link", "delete", self.netdev)):
-            with contextlib.suppress(subprocess.CalledProcessError):
-                run(*command)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rdmaxfer.cli import checks, counters, doctor, main
-from rdmaxfer.cli.checks import Check
+from rdmaxfer.cli.checks import Check, firewall, hardware, memory, software
 from rdmaxfer.cli.distribution import Distribution
 from rdmaxfer.cli.failure import Exit
 from rdmaxfer.errors import VerbsUnavailable
@@ -70,7 +70,7 @@ def test_doctor_fails_if_a_check_does(
     status: str, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
-        checks, "examine", lambda wanted: iter([Check("thing", status, "so", "do this."), Check("b", "ok", "c")])
+        checks, "examine", lambda wanted, ring: iter([Check("thing", status, "so", "do this."), Check("b", "ok", "c")])
     )
     assert main(["doctor"]) == code
     assert f"{doctor.MARKS[status]} thing: so\n    Fix: do this.\n" in capsys.readouterr().out
@@ -85,25 +85,45 @@ def test_a_missing_library_ends_the_examination_before_devices(monkeypatch: pyte
 
     monkeypatch.setattr("rdmaxfer.fabric.bridge.pyverbs", missing)
     monkeypatch.setattr(checks, "list_devices", lambda: pytest.fail("looked for devices"))
-    found = list(checks.examine({"device": None, "port": None, "gid_index": None}))
+    found = list(checks.examine({"device": None, "port": None, "gid_index": None}, 1 << 24))
     assert found[0] == Check("pyverbs", "failed", "pyverbs is not importable", "apt install python3-pyverbs.")
 
 
 def test_port_checks() -> None:
-    assert statuses(checks.port_checks(RXE, RXE.ports[0])) == ["ok", "ok", "warning"]
+    assert statuses(hardware.port_checks(RXE, RXE.ports[0])) == ["ok", "ok", "warning"]
     good = Port(1, "ACTIVE", "ETHERNET", 4096, 1, 0, (gid(1, "10.0.0.1"),))
-    assert statuses(checks.port_checks(RXE, good)) == ["ok", "ok", "ok"]
+    assert statuses(hardware.port_checks(RXE, good)) == ["ok", "ok", "ok"]
     local = Port(1, "ACTIVE", "ETHERNET", 4096, 1, 0, (gid(0, "fe80::1"),))
-    assert statuses(checks.port_checks(RXE, local)) == ["ok", "warning", "ok"]
-    assert statuses(checks.port_checks(RXE, Port(1, "ACTIVE", "ETHERNET", 4096, 1))) == ["ok", "failed", "ok"]
-    assert statuses(checks.port_checks(RXE, Port(1, "DOWN", "INFINIBAND", 4096, 1))) == ["failed"]
+    assert statuses(hardware.port_checks(RXE, local)) == ["ok", "warning", "ok"]
+    assert statuses(hardware.port_checks(RXE, Port(1, "ACTIVE", "ETHERNET", 4096, 1))) == ["ok", "failed", "ok"]
+    assert statuses(hardware.port_checks(RXE, Port(1, "DOWN", "INFINIBAND", 4096, 1))) == ["failed"]
 
 
 def test_presence_checks() -> None:
-    assert statuses(checks.presence((), [], None, HERE)) == ["failed"]
-    assert statuses(checks.presence((RXE,), [], "mlx5_0", HERE)) == ["failed"]
+    nowhere = Path("/nowhere")
+    assert statuses(hardware.presence((), [], None, HERE, nowhere)) == ["failed"]
+    assert statuses(hardware.presence((RXE,), [], "mlx5_0", HERE, nowhere)) == ["failed"]
     bad = [Device("a", error="no rights"), Device("b", "IWARP"), RXE]
-    assert statuses(checks.presence(tuple(bad), bad, None, HERE)) == ["failed", "failed", "ok"]
+    assert statuses(hardware.presence(tuple(bad), bad, None, HERE, nowhere)) == ["failed", "failed", "ok"]
+
+
+def test_a_device_without_a_provider_library(tmp_path: Path) -> None:
+    (tmp_path / "infiniband/mlx5_0").mkdir(parents=True)
+    missing, _ = hardware.presence((), [], None, HERE, tmp_path)
+    assert missing.status == "failed"
+    assert "mlx5_0" in missing.detail
+    assert missing.fix == "apt install ibverbs-providers rdma-core."
+    assert "mlx5_0" not in [each.detail for each in hardware.presence((RXE,), [RXE], "rxe0", HERE, tmp_path)]
+
+
+def test_provider_libraries_are_those_that_are_loaded(tmp_path: Path) -> None:
+    maps = tmp_path / "maps"
+    maps.write_text(
+        "7f00-7f01 r-xp 0 00:00 1 /usr/lib/libibverbs/librxe-rdmav34.so\n"
+        "7f02-7f03 r--p 0 00:00 1 /usr/lib/libibverbs/librxe-rdmav34.so\n"
+        "7f04-7f05 r--p 0 00:00 1 /usr/lib/libmlx5.so.1.24.44.0\n7f06-7f07 r--p 0 00:00 1 /usr/lib/libc.so.6\n"
+    )
+    assert hardware.provider_libraries(maps) == ["libmlx5.so.1.24.44.0", "librxe-rdmav34.so"]
 
 
 @pytest.mark.parametrize(
@@ -118,15 +138,166 @@ def test_presence_checks() -> None:
 )
 def test_locked_memory(limit: int, capable: bool, status: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("resource.getrlimit", lambda which: (limit, limit))
-    monkeypatch.setattr(checks, "may_lock_any_amount", lambda: capable)
-    assert checks.memlock().status == status
+    monkeypatch.setattr(memory, "may_lock_any_amount", lambda: capable)
+    assert memory.memlock(16 << 20).status == status
 
 
 def test_the_capability_to_lock_memory(tmp_path: Path) -> None:
     status = tmp_path / "status"
     for mask, capable in (("0000000000004000", True), ("0000000000003fff", False)):
         status.write_text(f"Name:\tx\nCapEff:\t{mask}\n")
-        assert checks.may_lock_any_amount(status) is capable
+        assert memory.may_lock_any_amount(status) is capable
+
+
+def test_a_higher_limit_that_may_be_had_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "may_lock_any_amount", lambda: False)
+    monkeypatch.setattr("resource.getrlimit", lambda which: (8 << 20, 1 << 30))
+    assert memory.memlock(16 << 20).fix.startswith("`ulimit -l 1048576`")
+    monkeypatch.setattr("resource.getrlimit", lambda which: (8 << 20, -1))
+    assert memory.memlock(16 << 20).fix.startswith("`ulimit -l unlimited`")
+    monkeypatch.setattr("resource.getrlimit", lambda which: (8 << 20, 8 << 20))
+    assert memory.memlock(16 << 20).fix.startswith("for good:")
+
+
+@pytest.mark.parametrize(
+    ("text", "status", "fix"),
+    [
+        ("MemFree: 1 kB\n", "note", ""),
+        ("HugePages_Total: 0\nHugePages_Free: 0\nHugepagesize: 2048 kB\n", "note", "nr_hugepages=17"),
+        ("HugePages_Total: 20\nHugePages_Free: 5\nHugepagesize: 2048 kB\n", "note", "nr_hugepages=32"),
+        ("HugePages_Total: 20\nHugePages_Free: 17\nHugepagesize: 2048 kB\n", "ok", ""),
+    ],
+)
+def test_huge_pages(text: str, status: str, fix: str, tmp_path: Path) -> None:
+    (tmp_path / "meminfo").write_text(text)
+    found = memory.huge_pages(memory.ring_bytes(32, 1 << 20), tmp_path / "meminfo")
+    assert found.status == status
+    assert fix in found.fix
+
+
+@pytest.mark.parametrize(
+    ("release", "notes"),
+    [("5.4.0-113-generic", 2), ("5.14.20-300.fc35", 2), ("6.1.0-13-amd64", 1), ("7.3.1", 0), ("weird", 0)],
+)
+def test_what_is_known_of_soft_roce_in_a_kernel(release: str, notes: int) -> None:
+    found = list(software.rxe_bugs(release, HERE))
+    assert sum(each.status == "note" for each in found) == notes
+    assert all("full-upgrade" in each.fix for each in found if each.status == "note")
+    assert (statuses(found) == ["ok"]) is (notes == 0)
+
+
+def test_forking() -> None:
+    assert software.fork("5.12.0").status == "ok"
+    assert software.fork("5.11.99").status == "warning"
+
+
+def test_the_clock(tmp_path: Path) -> None:
+    assert software.clock(tmp_path).status == "note"
+    folder = tmp_path / "sys/devices/system/clocksource/clocksource0"
+    folder.mkdir(parents=True)
+    for current, others, status, fix in (
+        ("tsc", "tsc hpet", "ok", ""),
+        ("hpet", "tsc hpet acpi_pm", "warning", "echo tsc | sudo tee"),
+        ("acpi_pm", "acpi_pm", "warning", "firmware"),
+    ):
+        (folder / "current_clocksource").write_text(f"{current}\n")
+        (folder / "available_clocksource").write_text(f"{others}\n")
+        found = software.clock(tmp_path)
+        assert found.status == status
+        assert fix in found.fix
+
+
+# --- firewalls --------------------------------------------------------------------------------------------------------
+
+UDP_4791 = {"match": {"op": "==", "left": {"payload": {"protocol": "udp", "field": "dport"}}, "right": 4791}}
+UDP_RANGE = {
+    "match": {
+        "op": "==",
+        "left": {"payload": {"protocol": "udp", "field": "dport"}},
+        "right": {"set": [22, {"range": [4000, 5000]}]},
+    }
+}
+TCP_22 = {"match": {"op": "==", "left": {"payload": {"protocol": "tcp", "field": "dport"}}, "right": 22}}
+
+
+def ruleset(policy: str, *rules: list[Any]) -> str:
+    chain = {
+        "family": "inet",
+        "table": "filter",
+        "name": "input",
+        "handle": 1,
+        "type": "filter",
+        "hook": "input",
+        "policy": policy,
+    }
+    items: list[dict[str, Any]] = [{"metainfo": {"version": "1.0.6"}}, {"chain": chain}]
+    for number, rule in enumerate(rules):
+        place = {"family": "inet", "table": "filter", "chain": "input", "handle": 10 + number}
+        items.append({"rule": {**place, "expr": rule}})
+    return json.dumps({"nftables": items})
+
+
+def answers(**known: str) -> firewall.Run:
+    """`ask`, where only these programs are installed; `_` in their names for `-`."""
+    return lambda program, *arguments: known.get(program.replace("-", "_"))
+
+
+@pytest.mark.parametrize(
+    ("known", "status", "fix"),
+    [
+        ({}, "note", ""),
+        ({"firewall_cmd": "not running\n"}, "note", ""),
+        ({"ufw": "Status: inactive\n"}, "note", ""),
+        ({"ufw": "Status: active\n\n22/tcp  ALLOW  Anywhere\n"}, "warning", "sudo ufw allow 4791/udp."),
+        ({"ufw": "Status: active\n\n4791/udp  ALLOW  Anywhere\n"}, "ok", ""),
+        ({"nft": "not JSON"}, "note", ""),
+        ({"nft": ruleset("accept")}, "ok", ""),
+        ({"nft": ruleset("accept", [TCP_22, {"drop": None}])}, "ok", ""),
+        (
+            {"nft": ruleset("accept", [UDP_4791, {"drop": None}])},
+            "warning",
+            "sudo nft delete rule inet filter input handle 10.",
+        ),
+        ({"nft": ruleset("accept", [UDP_RANGE, {"reject": None}])}, "warning", "handle 10."),
+        ({"nft": ruleset("accept", [UDP_4791, {"accept": None}], [UDP_RANGE, {"drop": None}])}, "ok", ""),
+        (
+            {"nft": ruleset("drop", [TCP_22, {"accept": None}])},
+            "warning",
+            "sudo nft insert rule inet filter input udp dport 4791 accept.",
+        ),
+        ({"nft": ruleset("drop", [UDP_RANGE, {"accept": None}])}, "ok", ""),
+        ({"nft": ruleset("accept", [{"counter": None}, {"drop": None}])}, "warning", "handle 10."),
+        ({"iptables": "-P INPUT ACCEPT\n"}, "ok", ""),
+        ({"iptables": "-P INPUT DROP\n"}, "warning", "sudo iptables -I INPUT -p udp --dport 4791 -j ACCEPT."),
+        (
+            {"iptables": "-P INPUT ACCEPT\n-A INPUT -p udp -m udp --dport 4791 -j DROP\n"},
+            "warning",
+            "-D INPUT -p udp -m udp",
+        ),
+        ({"iptables": "-P INPUT DROP\n-A INPUT -p udp -m udp --dport 4791 -j ACCEPT\n"}, "ok", ""),
+    ],
+)
+def test_firewalls(known: dict[str, str], status: str, fix: str) -> None:
+    found = firewall.firewall(answers(**known))
+    assert found.status == status, found
+    assert fix in found.fix
+
+
+@pytest.mark.parametrize(("is_open", "status"), [("yes", "ok"), ("no", "warning")])
+def test_firewalld(is_open: str, status: str) -> None:
+    found = firewall.firewall(
+        lambda program, *arguments: {("--state",): "running\n", ("--query-port=4791/udp",): f"{is_open}\n"}.get(
+            arguments
+        )
+    )
+    assert found.status == status
+    assert ("--add-port=4791/udp" in found.fix) is (status == "warning")
+
+
+def test_programs_that_are_not_there_or_fail_say_nothing() -> None:
+    assert firewall.run("/no/such/program") is None
+    assert firewall.run("false") is None
+    assert firewall.run("echo", "words") == "words\n"
 
 
 # --- the machine ------------------------------------------------------------------------------------------------------

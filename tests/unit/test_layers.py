@@ -41,8 +41,10 @@ LAYERS = [
     ["rdmaxfer.send_link", "rdmaxfer.recv_link"],
     ["rdmaxfer.send_stream", "rdmaxfer.recv_stream"],
     ["rdmaxfer.handshake", "rdmaxfer.waiting", "rdmaxfer.domains", "rdmaxfer.reconnecting"],
+    ["rdmaxfer.statistics", "rdmaxfer.routing", "rdmaxfer.status", "rdmaxfer.callback"],
+    ["rdmaxfer.aio", "rdmaxfer.async_sending"],
     ["rdmaxfer.node"],
-    ["rdmaxfer.receiver", "rdmaxfer.sender", "rdmaxfer.sharing"],
+    ["rdmaxfer.receiver", "rdmaxfer.sender", "rdmaxfer.sharing", "rdmaxfer.metrics"],
     ["rdmaxfer"],
     ["rdmaxfer.cli", "rdmaxfer.__main__"],
 ]

@@ -1,0 +1,126 @@
+"""What a Sender or Receiver says of itself to other processes of its user on this machine, such as `rdmaxfer top`.
+
+It listens at a socket in the kernel's abstract name space (unix(7)): nothing is left behind when the process ends, in whatever way,
+and it costs nothing as long as nobody asks. Who connects gets one JSON object, and the connection ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import secrets
+import socket
+import struct
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rdmaxfer.waiting import PATIENCE_S
+
+if TYPE_CHECKING:
+    from rdmaxfer.node import Node
+
+PREFIX = "rdmaxfer/"
+ANSWER_S = 1.0
+"""How long to wait for an answer: a process may have been stopped."""
+MAX_BYTES = 1 << 20
+MAX_LINKS = 100
+MAX_ARGUMENT = 200
+
+
+class Status:
+    """See the module. `answer` is called on the control thread of `node`, when `fd` is readable."""
+
+    def __init__(self, node: Node[Any, Any]) -> None:
+        self._node = node
+        self._since_s = time.time()
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            self._socket.bind(f"\0{PREFIX}{os.geteuid()}/{os.getpid()}/{secrets.token_hex(4)}")
+            self._socket.listen(8)
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def __repr__(self) -> str:
+        return f"<Status of {self._node!r}>"
+
+    @property
+    def fd(self) -> int:
+        return self._socket.fileno()
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def answer(self) -> bool:
+        """Tell whoever has connected."""
+        try:
+            connection, _ = self._socket.accept()
+        except OSError:  # gone already; too few descriptors; closed
+            return self.fd >= 0
+        with connection, contextlib.suppress(OSError):
+            if _peer_uid(connection) == os.geteuid():
+                connection.setblocking(False)
+                connection.send(json.dumps(self._describe()).encode())  # it fits into the socket's buffer, or is cut
+        return True
+
+    def _describe(self) -> dict[str, Any]:
+        node = self._node
+        known: dict[str, Any] = {
+            "pid": os.getpid(),
+            "role": node.role,
+            "name": node.identity or node.name,
+            "program": [each[:MAX_ARGUMENT] for each in sys.argv[:8]],
+            "since_s": self._since_s,
+            "at_s": time.time(),
+            "slots": node.slots,
+        }
+        if not node._lock.acquire(timeout=PATIENCE_S):  # leases are renewed on this thread
+            return {**known, "busy": True}
+        try:
+            known["endpoints"] = [server.endpoint for server in node._servers]
+            known["links"] = [dataclasses.asdict(link) for link in node.links()[:MAX_LINKS]]
+            known["statistics"] = dataclasses.asdict(node.statistics())
+        finally:
+            node._lock.release()
+        return known
+
+
+def find(uid: int | None = None, unix: Path = Path("/proc/net/unix")) -> Iterator[dict[str, Any]]:
+    """What all Senders and Receivers of a user (by default, this one) on this machine say of themselves. Those that don't answer
+    are left out."""
+    uid = os.geteuid() if uid is None else uid
+    begin = f"@{PREFIX}{uid}/"
+    names = {line.split()[-1] for line in unix.read_text(errors="replace").splitlines() if begin in line}
+    for name in sorted(names):
+        known = _ask(name, uid)
+        if known is not None:
+            yield known
+
+
+def _ask(name: str, uid: int) -> dict[str, Any] | None:
+    with contextlib.suppress(OSError, ValueError), socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(ANSWER_S)
+        connection.connect("\0" + name.removeprefix("@"))
+        if _peer_uid(connection) != uid:  # anybody can take a name like ours
+            return None
+        parts: list[bytes] = []
+        while part := connection.recv(1 << 16):
+            parts.append(part)
+            if sum(map(len, parts)) > MAX_BYTES:
+                return None
+        found = json.loads(b"".join(parts))
+        return found if isinstance(found, dict) else None
+    return None
+
+
+def _peer_uid(connection: socket.socket) -> int:
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return int(struct.unpack("3i", credentials)[1])
+
+
+__all__ = ["Status", "find"]

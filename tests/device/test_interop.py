@@ -1,0 +1,145 @@
+"""Arrays of other libraries in and out, without a copy where there need be none."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import FABRIC, TIMEOUT_S, pair, picture, wait_until
+
+import rdmaxfer
+from rdmaxfer.errors import FrameError, FrameReleased
+
+
+class OnlyDLPack:
+    """An array of a library that knows nothing of numpy but DLPack."""
+
+    def __init__(self, array: np.ndarray[Any, Any], device: tuple[int, int] = (1, 0)) -> None:
+        self._array = array
+        self._device = device
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self._array.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self._device
+
+
+class OnlyInterface:
+    """... nothing but the older array interface."""
+
+    def __init__(self, array: np.ndarray[Any, Any]) -> None:
+        self.__array_interface__ = array.__array_interface__
+        self.kept = array
+
+
+def address(array: Any) -> int:
+    return int(np.asarray(array).__array_interface__["data"][0])
+
+
+@pytest.mark.parametrize("wrap", [OnlyDLPack, OnlyInterface, memoryview], ids=lambda wrap: wrap.__name__)
+def test_what_is_an_array_elsewhere_is_pushed_as_one(wrap: Any) -> None:
+    array = np.arange(60, dtype="f4").reshape(3, 4, 5)
+    with pair() as (tx, rx):
+        tx.push(wrap(array), timeout=TIMEOUT_S)
+        with rx.recv(timeout=TIMEOUT_S) as frame:
+            assert (frame.dtype, frame.shape) == (array.dtype, array.shape)
+            assert frame.array.tobytes() == array.tobytes()
+
+
+def test_a_frame_is_pushed_on_as_an_array() -> None:
+    with pair() as (tx, rx):
+        tx.push(picture(1), timeout=TIMEOUT_S)
+        with rx.recv(timeout=TIMEOUT_S) as frame:
+            tx.push(frame, timeout=TIMEOUT_S)
+        with rx.recv(timeout=TIMEOUT_S) as again:
+            assert again.array.tobytes() == picture(1).tobytes()
+
+
+def test_memory_of_another_library_is_sent_from_where_it_lies() -> None:
+    array = np.arange(1 << 16, dtype="u1")
+    view = np.from_dlpack(OnlyDLPack(array))
+    with pair() as (tx, rx):
+        for _ in range(2):
+            tx.push(view, copy=False, timeout=TIMEOUT_S)
+            with rx.recv(timeout=TIMEOUT_S) as frame:
+                assert frame.array.tobytes() == array.tobytes()
+        tx.flush(timeout=TIMEOUT_S)
+        # What other processes read where it is has to lie in memory that can be shared.
+        assert tx.statistics().copied == (2 if FABRIC == "shm" else 0)
+
+
+@pytest.mark.parametrize(
+    "given", [OnlyDLPack(np.zeros(3), device=(2, 0)), [[1, 2], [3]], object()], ids=["on a GPU", "ragged", "no array"]
+)
+def test_what_is_no_array_here_says_what_to_do(given: Any) -> None:
+    with pair() as (tx, rx):
+        with pytest.raises((FrameError, TypeError), match=r"Fix: "):
+            tx.push(given, timeout=TIMEOUT_S)
+        tx.push(b"x", timeout=TIMEOUT_S)
+        rx.recv(timeout=TIMEOUT_S).release()
+
+
+def test_other_libraries_see_the_slot_itself() -> None:
+    with pair() as (tx, rx):
+        tx.push(picture(3), captured_ns=1_700_000_000_123_456_789, timeout=TIMEOUT_S)
+        with rx.recv(timeout=TIMEOUT_S) as frame:
+            here = address(frame.array)
+            assert address(frame) == here
+            assert frame.__array_interface__["data"][0] == here
+            assert address(np.from_dlpack(frame)) == here
+            assert address(np.asarray(memoryview(frame.array))) == here
+            assert np.array(frame, copy=True).__array_interface__["data"][0] != here
+            assert np.asarray(frame, np.float64).dtype == np.float64
+            assert frame.timestamp == np.datetime64("2023-11-14T22:13:20.123456789")
+        for use in (np.asarray, np.from_dlpack, lambda each: each.__array_interface__):
+            with pytest.raises(FrameReleased):
+                use(frame)
+
+
+def test_a_frame_stays_leased_as_long_as_another_library_has_it() -> None:
+    with pair(receiver={"slots": 4}) as (tx, rx):
+        tx.push(picture(4), timeout=TIMEOUT_S)
+        theirs = np.from_dlpack(rx.recv(timeout=TIMEOUT_S))  # nothing else refers to the frame
+        gc.collect()
+        for seed in (5, 6, 7):  # the other slots
+            tx.push(picture(seed), timeout=TIMEOUT_S)
+            rx.recv(timeout=TIMEOUT_S).release()
+        assert theirs.tobytes() == picture(4).tobytes()
+        assert rx.statistics().leased == 1
+        del theirs
+        gc.collect()
+        wait_until(lambda: rx.statistics().leased == 0, "the slot is given back")
+
+
+def test_when_a_frame_was_pushed_if_nobody_says_when_it_was_captured() -> None:
+    with pair() as (tx, rx):
+        tx.push(b"x", timeout=TIMEOUT_S)
+        with rx.recv(timeout=TIMEOUT_S) as frame:
+            assert frame.timestamp.astype("i8") == frame.pushed_ns
+
+
+def test_a_callback_never_raises_and_counts_what_it_drops() -> None:
+    with pair(sender={"slots": 2}, receiver={"slots": 2}) as (tx, rx):
+        callback = tx.as_callback(metadata={"pixel_format": "Mono8"})
+        memory = np.zeros((4, 4), np.uint8)
+        results = []
+        for number in range(4):
+            memory[:] = number  # the camera library uses its memory again
+            results.append(callback(memory, exposure_ms=number))
+        assert results == [0, 1, None, None]
+        assert (callback.pushed, callback.dropped, callback.error) == (2, 2, None)
+        for number in range(2):
+            with rx.recv(timeout=TIMEOUT_S) as frame:
+                assert (frame.array == number).all()
+                assert frame.metadata == {"pixel_format": "Mono8", "exposure_ms": number}
+                assert frame.captured_ns > 0
+        callback.check()
+        assert callback("text") is None
+        assert callback(memory) is None
+        assert callback.dropped == 4
+        with pytest.raises(rdmaxfer.RdmaxferError) as caught:
+            callback.check()
+        assert caught.value.__cause__ is callback.error

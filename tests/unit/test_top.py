@@ -1,0 +1,95 @@
+"""What `rdmaxfer top` makes of what processes say of themselves."""
+
+from __future__ import annotations
+
+import io
+import socket
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from rdmaxfer import status
+from rdmaxfer.cli import main, top
+
+STATISTICS = {"frames": 100, "bytes": 1_000_000, "leased": 3, "missed": 0, "reconnecting": 0, "push_to_recv": None}
+RECEIVER: dict[str, Any] = {
+    "pid": 7,
+    "role": "receiver",
+    "program": ["/x/venv/bin/rdmaxfer", "recv", "tcp://0.0.0.0:7471"],
+    "since_s": 1.0,
+    "at_s": 10.0,
+    "slots": 16,
+    "endpoints": ["tcp://0.0.0.0:7471"],
+    "links": [{"peer": "camera/12", "fabric": "verbs", "reason": "so"}],
+    "statistics": STATISTICS,
+}
+SENDER: dict[str, Any] = {
+    **RECEIVER,
+    "pid": 8,
+    "role": "sender",
+    "links": [],
+    "statistics": {**STATISTICS, "unreleased": 5, "dropped": 2, "unheard": 1},
+}
+
+
+def later(known: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return {**known, "at_s": known["at_s"] + 2, "statistics": {**known["statistics"], **changes}}
+
+
+def test_rates_are_those_since_the_look_before() -> None:
+    latency = {"median_s": 0.001, "p99_s": 0.0123}
+    row = top.row(later(RECEIVER, frames=140, bytes=9_000_000, push_to_recv=latency, missed=4), RECEIVER)
+    assert row == top.Row(
+        "7", "receiver", "rdmaxfer recv tcp://0.0.0.0:7471", "camera/12 verbs", "20.0", "4.0", "3 of 16", "1, 12.3", "4"
+    )
+    assert top.row(RECEIVER, None).frames == ""
+
+
+def test_senders_tell_what_they_hold_and_dropped() -> None:
+    row = top.row(SENDER, None)
+    assert (row.ring, row.lost, row.peers) == ("5 of 16", "3", "nobody yet, at tcp://0.0.0.0:7471")
+
+
+def test_who_is_busy_is_shown_all_the_same() -> None:
+    busy = {key: value for key, value in RECEIVER.items() if key not in ("statistics", "links", "endpoints")}
+    assert top.row({**busy, "busy": True}, RECEIVER).peers == "busy"
+    assert top.row(later(RECEIVER), {**busy, "busy": True}).frames == ""
+
+
+def test_many_peers_are_cut() -> None:
+    links = [{"peer": f"p{number}", "fabric": "shm"} for number in range(7)]
+    text = top.peers({**RECEIVER, "links": links, "statistics": {**STATISTICS, "reconnecting": 1}})
+    assert text.splitlines() == ["p0 shm", "p1 shm", "p2 shm", "p3 shm", "and 4 more"]
+
+
+def test_text_of_others_can_do_nothing_to_the_terminal() -> None:
+    row = top.row({**RECEIVER, "program": ["a\x1b[2J"], "links": [{"peer": "x\x1b]0;evil\x07", "fabric": "shm"}]}, None)
+    assert "\x1b" not in "".join(row)
+
+
+def test_the_screen_is_a_table() -> None:
+    out = io.StringIO()
+    Console(file=out, width=160).print(top.screen([top.row(RECEIVER, None), top.row(SENDER, None)]))
+    for text in ("PID", "connected with, by", "camera/12 verbs", "nobody yet"):
+        assert text in out.getvalue()
+    out = io.StringIO()
+    Console(file=out, width=160).print(top.screen([]))
+    assert "rdmaxfer recv tcp://0.0.0.0:7471" in out.getvalue()
+
+
+def test_names_of_others_and_noise_are_passed_over(tmp_path: Path, capsys: Any) -> None:
+    mine = f"{status.PREFIX}{2**31}/1/x"  # of a user that is not this one
+    with socket.socket(socket.AF_UNIX) as squatter:
+        squatter.bind(f"\0{mine}")
+        squatter.listen()
+        table = tmp_path / "unix"
+        table.write_text(
+            "Num       RefCount Protocol Flags    Type St Inode Path\n"
+            f"0000: 00000002 00000000 00010000 0001 01 1 @{mine}\n"
+            f"0000: 00000002 00000000 00010000 0001 01 2 @{status.PREFIX}{2**31}/2/gone\n"
+            "0000: 00000002 00000000 00010000 0001 01 3 /run/systemd\n"
+        )
+        assert list(status.find(2**31, table)) == []
+    assert main(["top", "--json"]) == 0
+    assert capsys.readouterr().out.startswith("[")
