@@ -105,7 +105,7 @@ def plot(path: Path, rows: list[dict[str, Any]], lat: list[dict[str, Any]]) -> N
         for index, (name, colour) in enumerate(names):
             at = [number + index * width for number in range(len(part))]
             bars = axes.bar(at, [median(row, name) for row in part], width, color=colour, label=LABELS[name])
-            axes.bar_label(bars, fmt="%.3g", fontsize=7, padding=1)
+            axes.bar_label(bars, fmt=lambda value: f"{value:,.0f}" if value >= 100 else f"{value:.3g}", fontsize=7, padding=1)
         axes.set_xticks(
             [number + 0.4 - width / 2 for number in range(len(part))], [NAMES[row["bytes"]] for row in part]
         )

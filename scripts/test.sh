@@ -7,6 +7,7 @@
 #   host    tests/unit, tests/fuzz and tests/local: no device
 #   shm     tests of what every fabric must do, by shared memory: no device
 #   tcp     the same over TCP
+#   browser tests/browser: the page of `recv --view` in a real Chromium (not on Ubuntu, which has it as a snap only)
 #   device  every test marked "rdma", on a real device of this machine where there is one; else in
 #   uml     ... a User Mode Linux guest with Soft-RoCE, at this machine's speed (scripts/softroce_uml.sh), and
 #   vm      ... those also marked "smoke" on the distribution's own kernel in a virtual machine (scripts/softroce_vm.sh), and
@@ -35,10 +36,14 @@ if [[ ${1:-} == -h || ${1:-} == --help ]]; then show_help; exit; fi
 soak=
 if [[ ${1:-} == --soak ]]; then soak=1; shift; fi
 
+browser=(browser)
+detect_os /etc/os-release
+# shellcheck disable=SC2154 # set by detect_os
+if [[ $os_family == ubuntu ]] && ! command -v chromium google-chrome >/dev/null; then browser=(); fi
 if [[ -n ${STAGES:-} ]]; then read -r -a stages <<<"$STAGES"
-elif active_device >/dev/null; then stages=(host shm tcp device)
+elif active_device >/dev/null; then stages=(host shm tcp "${browser[@]}" device)
 elif [[ -n $soak ]]; then stages=(host uml nodes)
-else stages=(host shm tcp uml vm nodes); fi
+else stages=(host shm tcp "${browser[@]}" uml vm nodes); fi
 has_stage() { [[ " ${stages[*]} " == *" $1 "* ]]; }
 
 results=$(mktemp -d)
@@ -60,7 +65,9 @@ if has_stage uml; then
   "$here/softroce_uml.sh" build & uml_ready=$!
   background+=("$uml_ready")
 fi
+if has_stage browser && ! command -v chromium google-chrome >/dev/null; then need_packages --apt chromium --dnf chromium; fi
 if has_stage vm || has_stage nodes; then
+  need_packages --apt nftables --dnf nftables
   "$here/softroce_vm.sh" tools
   "$here/softroce_vm.sh" prepare & vm_ready=$!
   background+=("$vm_ready")
@@ -92,6 +99,7 @@ run_stage() {
     host) "${pytest[@]}" "${host_tests[@]}" -m "not rdma$only" --junitxml="$results/host.xml" "${arguments[@]}" ;;
     shm | tcp)
       RDMAXFER_FABRIC=$1 "${pytest[@]}" "${fabric_tests[@]}" -m "fabric$only" --junitxml="$results/$1.xml" "${arguments[@]}" ;;
+    browser) "${pytest[@]}" "$checkout/tests/browser" --junitxml="$results/browser.xml" "${arguments[@]}" ;;
     device) RDMAXFER_TEST_DEVICE=1 "${pytest[@]}" "${device_tests[@]}" -m "rdma$only" --junitxml="$results/device.xml" "${arguments[@]}" ;;
     uml)
       wait "$uml_ready" || { say "the User Mode Linux kernel is not there (see above)"; return 1; }
@@ -136,7 +144,7 @@ for stage in "${stages[@]}"; do
   if ((ran == 0)); then verdict="FAILED: no test ran"; fi
   [[ $verdict == passed ]] || failed+=("$stage")
   kind="tests"
-  case $stage in host | shm | tcp) ;; *) kind="rdma tests" ;; esac
+  case $stage in host | shm | tcp | browser) ;; *) kind="rdma tests" ;; esac
   summary+=("$(printf '%-7s %4d %-10s ran, %d failed, %d skipped, %d s: %s' "$stage" "$ran" "$kind" "$bad" "$skipped" $((SECONDS - start)) "$verdict")")
 done
 

@@ -53,6 +53,14 @@ class Distribution(NamedTuple):
     def providers_fix(self) -> str:
         return f"{self.install('ibverbs-providers rdma-core', 'rdma-core libibverbs')}."
 
+    def upgrade_kernel(self) -> str:
+        """How to get the distribution's latest kernel."""
+        if self.family == "redhat":
+            return "sudo dnf upgrade kernel, and reboot"
+        if self.family in ("debian", "ubuntu"):
+            return "sudo apt update && sudo apt full-upgrade, and reboot"
+        return "by the distribution's updates, and reboot"
+
     def rxe_fix(self, release: str) -> str:
         """How to get a kernel with Soft-RoCE."""
         virtual = "Where the kernel can't be changed (containers, CI): scripts/softroce_vm.sh boots one that has it."

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, get_args
 
 import rdmaxfer
+from rdmaxfer import metrics
 from rdmaxfer.cli.failure import CommandError, Exit
 from rdmaxfer.errors import CurveError, TimeoutExpired
 from rdmaxfer.fabric.choice import Fabric
@@ -44,6 +45,29 @@ def add_slot_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--slots", metavar="N", type=whole_number(1), default=16, help="frames that may be on their way at a time (16)"
     )
+
+
+def add_metrics_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--metrics",
+        metavar="PORT",
+        type=whole_number(0),
+        help="answer Prometheus at this port of 127.0.0.1 (0: any free one)",
+    )
+
+
+def serve_metrics(args: argparse.Namespace) -> None:
+    if args.metrics is None:
+        return
+    try:
+        port = metrics.serve(args.metrics)
+    except ImportError:
+        raise CommandError(
+            "--metrics needs the package prometheus-client.", fix="pip install 'rdmaxfer[metrics]'."
+        ) from None
+    except (OSError, OverflowError) as error:
+        raise CommandError(f"port {args.metrics} can't be used for --metrics: {error}.", fix="another port.") from None
+    say(f"metrics at http://127.0.0.1:{port}/metrics")
 
 
 def add_key_options(parser: argparse.ArgumentParser) -> None:

@@ -13,12 +13,13 @@ from rdmaxfer.cli import options
 from rdmaxfer.cli.digest import ALGORITHMS
 from rdmaxfer.cli.failure import CommandError, Exit
 from rdmaxfer.cli.progress import Progress
-from rdmaxfer.cli.sources import Files, Item, Pattern, expand, repeated
+from rdmaxfer.cli.sources import Files, Item, Joined, Pattern, Video, expand, is_video, repeated
 from rdmaxfer.errors import PeerLost
 
-HELP = "send images, .npy arrays or a test pattern"
+HELP = "send images, .npy arrays, a video, a camera or a test pattern"
 DESCRIPTION = """\
-Send images, .npy arrays or a made-up test pattern to `rdmaxfer recv`, or to any program with an rdmaxfer.Receiver.
+Send images, .npy arrays, a video, a camera's frames or a made-up test pattern to `rdmaxfer recv`, or to any program with an
+rdmaxfer.Receiver.
 
 A hash of every frame travels along, so that the other end can verify what arrived. The two sides may be started in
 either order. Normally the receiver listens and the sender connects; with --bind here and --connect there it is the
@@ -32,6 +33,10 @@ examples:
       each .npy is a stack: send it slice by slice
   rdmaxfer send tcp://10.0.0.2:7471 --pattern 1080x1920x3:uint8 --count 600 --fps 60
       ten seconds of a made-up full HD video
+  rdmaxfer send tcp://10.0.0.2:7471 film.mp4 --fps 25 --repeat forever
+      a video, again and again (needs OpenCV: pip install 'rdmaxfer[video]')
+  rdmaxfer send tcp://10.0.0.2:7471 camera:0 --hash none
+      what the first camera of this machine sees
   rdmaxfer send tcp://0.0.0.0:7471 photos/ --bind
       listen, and send to who connects
 """
@@ -40,7 +45,9 @@ DEFAULT_COUNT = 100
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("endpoint", metavar="ENDPOINT", help=options.ENDPOINT_HELP)
-    parser.add_argument("sources", metavar="SOURCE", nargs="*", help=".npy or image files, directories, or 'globs'")
+    parser.add_argument(
+        "sources", metavar="SOURCE", nargs="*", help=".npy, image or video files, directories, globs, camera:0"
+    )
     parser.add_argument("--pattern", metavar="SHAPE:DTYPE", help="send made-up frames, e.g. 1080x1920x3:uint8")
     parser.add_argument(
         "--count",
@@ -73,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=options.positive,
         help="longest wait in seconds: for the receiver (30; no limit with --bind), for it to take frames (no limit)",
     )
+    options.add_metrics_option(parser)
     options.add_slot_option(parser)
     options.add_key_options(parser)
     options.add_fabric_option(parser)
@@ -86,11 +94,12 @@ def _repeat(text: str) -> int:
 def run(args: argparse.Namespace) -> int:
     items = _items(args)
     with options.make_sender(args, slots=args.slots) as sender:
-        _meet(sender, args)
+        options.serve_metrics(args)
+        meet(sender, args)
         progress = Progress("sent")
         try:
             _push_all(sender, items, args, progress)
-            _flush(sender, args.timeout)
+            flush(sender, args.timeout)
             progress.finish()
         finally:
             progress.clear()
@@ -98,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     return Exit.OK
 
 
-def _meet(sender: rdmaxfer.Sender, args: argparse.Namespace) -> None:
+def meet(sender: rdmaxfer.Sender, args: argparse.Namespace) -> None:
     if not args.bind:
         timeout = args.timeout or options.CONNECT_TIMEOUT_S
         sender.connect(args.endpoint, timeout=timeout, peer_key=args.peer_key)
@@ -107,7 +116,7 @@ def _meet(sender: rdmaxfer.Sender, args: argparse.Namespace) -> None:
     options.wait_for_peers(sender, args.peers, args.timeout)
 
 
-def _flush(sender: rdmaxfer.Sender, timeout: float | None) -> None:
+def flush(sender: rdmaxfer.Sender, timeout: float | None) -> None:
     try:
         sender.flush(timeout=timeout)
     except PeerLost as error:
@@ -123,6 +132,8 @@ def _push_all(sender: rdmaxfer.Sender, items: Iterable[Item], args: argparse.Nam
         if args.fps is not None:
             time.sleep(max(0.0, begun + index / args.fps - time.monotonic()))
         metadata: dict[str, Any] = {"name": item.name, "index": index, "source": item.source}
+        if item.pixel_format:
+            metadata["pixel_format"] = item.pixel_format
         if args.hash != "none":
             metadata[args.hash] = item.digest(args.hash)
         sender.push(item.array, metadata=metadata, captured_ns=time.time_ns(), timeout=args.timeout)
@@ -141,4 +152,5 @@ def _items(args: argparse.Namespace) -> Iterator[Item]:
             fix="name files or a directory, or use --pattern 1080x1920x3:uint8.",
             code=Exit.USAGE,
         )
-    return itertools.islice(repeated(Files(expand(args.sources), split=args.split), args.repeat), args.count)
+    parts = [Video(each) if is_video(each) else Files(expand([each]), split=args.split) for each in args.sources]
+    return itertools.islice(repeated(Joined(parts), args.repeat), args.count)

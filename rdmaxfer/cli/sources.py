@@ -20,16 +20,22 @@ IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".
 PILLOW = "pip install 'rdmaxfer[images]', or pip install pillow"
 KEEP_BYTES = 1 << 29
 
+VIDEO_SUFFIXES = frozenset({".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg"})
+OPENCV = "pip install 'rdmaxfer[video]', or pip install opencv-python-headless"
+CAMERA = re.compile(r"camera:([0-9]{1,3})", re.ASCII)
+
 Array = np.ndarray[Any, Any]
 
 
 @dataclass
 class Item:
-    """A frame to send. `source` is "npy", "image" or "pattern"."""
+    """A frame to send. `source` is "npy", "image", "video", "camera" or "pattern". `pixel_format`: by the names of GenICam's Pixel
+    Format Naming Convention, where it is known."""
 
     name: str
     source: str
     array: Array
+    pixel_format: str = ""
     _digests: dict[str, str] = field(default_factory=dict)
 
     def digest(self, algorithm: str) -> str:
@@ -72,6 +78,14 @@ def _nothing(message: str) -> CommandError:
     )
 
 
+def pixel_format(array: Array) -> str:
+    """Of what Pillow has read; "" for none of those that have a name."""
+    kinds = {(2, "uint8"): "Mono8", (2, "uint16"): "Mono16", (2, "float32"): "Mono32f"}
+    if array.ndim == 3 and array.dtype == np.uint8:
+        return {3: "RGB8", 4: "RGBa8"}.get(array.shape[2], "")
+    return kinds.get((array.ndim, array.dtype.name), "")
+
+
 class Files:
     """The arrays in files, loaded one at a time; `split` sends each array of a .npy file along its first axis."""
 
@@ -83,7 +97,8 @@ class Files:
         for path in self._paths:
             name = os.fsencode(path.name).decode("utf-8", "replace")[:255]
             if path.suffix.lower() != ".npy":
-                yield Item(name, "image", load_image(path))
+                array = load_image(path)
+                yield Item(name, "image", array, pixel_format(array))
                 continue
             array = _load_npy(path)
             if not self._split:
@@ -124,6 +139,53 @@ def load_image(path: Path) -> Array:
             return np.asarray(plain)
     except UnidentifiedImageError:
         raise CommandError(f"{printable(str(path))} is not an image that Pillow can read.") from None
+
+
+class Video:
+    """The frames of a video file, or of a camera ("camera:0"), as OpenCV decodes them: height x width x 3, blue first."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._camera = CAMERA.fullmatch(name)
+
+    def __iter__(self) -> Iterator[Item]:
+        try:
+            import cv2
+        except ImportError:
+            raise CommandError("videos and cameras need OpenCV, which is not installed.", fix=f"{OPENCV}.") from None
+        source = "camera" if self._camera else "video"
+        capture = cv2.VideoCapture(int(self._camera[1]) if self._camera else self._name)
+        try:
+            if not capture.isOpened():
+                raise CommandError(
+                    f"{printable(self._name)} can't be opened as a {source}.",
+                    fix="see `ls /dev/video*`, and whether this user may read it (group `video`)."
+                    if self._camera
+                    else "check the file; OpenCV reads what its FFmpeg can decode.",
+                )
+            name = self._name if self._camera else Path(self._name).name
+            while True:
+                taken, array = capture.read()
+                if not taken:
+                    return
+                yield Item(name, source, array, "BGR8" if array.ndim == 3 else "Mono8")
+        finally:
+            capture.release()
+
+
+class Joined:
+    """One after the other, each time anew."""
+
+    def __init__(self, parts: Sequence[Iterable[Item]]) -> None:
+        self._parts = parts
+
+    def __iter__(self) -> Iterator[Item]:
+        for part in self._parts:
+            yield from part
+
+
+def is_video(argument: str) -> bool:
+    return CAMERA.fullmatch(argument) is not None or Path(argument).suffix.lower() in VIDEO_SUFFIXES
 
 
 def repeated(items: Iterable[Item], times: int, *, keep_bytes: int = KEEP_BYTES) -> Iterator[Item]:
