@@ -42,6 +42,7 @@ python=$venv/bin/python
   guest uname -sr | sed 's/^/guest: /'
   dpkg-query -W -f='perftest ${Version}\n' perftest 2>/dev/null || rpm -q perftest
   dpkg-query -W -f='libibverbs ${Version}\n' libibverbs1 2>/dev/null || rpm -q libibverbs
+  git -C "$checkout" log -1 --format='commit %h' 2>/dev/null || true
 } >"$results/about.txt"
 
 # engine NAME REQUIREMENT: a Python of its own for an engine. They bring versions of libraries that nobody else should get.

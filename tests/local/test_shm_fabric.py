@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import signal
 import socket
@@ -357,13 +359,21 @@ with rdmaxfer.Sender(fabric="shm", slots=4) as tx:
 """
 
 
-def shared_kib() -> int:
-    """Shared memory of this machine that is in use."""
-    return int(Path("/proc/meminfo").read_text().partition("Shmem:")[2].split()[0])
+def shared_memory() -> set[str]:
+    """By inode: what this process has mapped, or has descriptors of. Memory of a memfd is gone when no process has it."""
+    found = set()
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if "/memfd:rdmaxfer" in line:
+            found.add(line.split()[4])
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if "/memfd:rdmaxfer" in os.readlink(f"/proc/self/fd/{name}"):
+                found.add(str(os.stat(f"/proc/self/fd/{name}").st_ino))
+    return found
 
 
 def test_a_sender_that_is_killed_leaves_its_frames_and_then_nothing() -> None:
-    before_kib = shared_kib()
+    before = shared_memory()
     files = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
     with rdmaxfer.Receiver(fabric="shm", slots=4, reconnect=False) as rx:
         endpoint = rx.bind("tcp://127.0.0.1:*")
@@ -376,10 +386,12 @@ def test_a_sender_that_is_killed_leaves_its_frames_and_then_nothing() -> None:
         for seed in range(4):
             with rx.recv(timeout=TIMEOUT_S) as frame:
                 assert (frame.array == seed).all()
+        assert shared_memory() - before, "the frames lay in memory that is not shared"
     del frame
     if os.path.isdir("/dev/shm"):
         assert set(os.listdir("/dev/shm")) <= files
-    wait_until(lambda: shared_kib() < before_kib + 2048, "the memory was freed")
+    gc.collect()
+    wait_until(lambda: shared_memory() <= before, "the memory was let go of")
 
 
 WAITING = """
