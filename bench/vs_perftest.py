@@ -47,7 +47,7 @@ import rdmaxfer
 from rdmaxfer.fabric.devices import choose_gid, list_devices
 from rdmaxfer.fabric.route import local_ip_towards
 
-SIZES = {64: 8000, 4096: 8000, 65536: 3000, 1 << 20: 600, 8 << 20: 80}
+SIZES = {64: 8000, 4096: 8000, 65536: 3000, 1 << 20: 600, 8 << 20: 80, 64 << 20: 20}
 """Payload bytes -> frames a round."""
 SPLIT_FROM = 65536
 WARM_UP = 0.1
