@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Sequence
 
 import rdmaxfer
-from rdmaxfer.cli import demo, devices, doctor, keygen, record, recv, replay, send, top
+from rdmaxfer.cli import bench, demo, devices, doctor, keygen, record, recv, replay, send, top
 from rdmaxfer.cli.failure import EXIT_CODES, report
 
 DESCRIPTION = """\
@@ -39,7 +39,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"rdmaxfer {rdmaxfer.__version__}")
     subcommands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (doctor, devices, demo, send, recv, top, record, replay, keygen):
+    for command in (doctor, devices, demo, send, recv, top, record, replay, bench, keygen):
         sub = subcommands.add_parser(
             command.__name__.rpartition(".")[2],
             help=command.HELP,

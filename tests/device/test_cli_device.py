@@ -230,6 +230,23 @@ def test_doctor_is_green() -> None:
         assert {check["status"] for check in json.loads(doctor.text)} <= {"ok", "note", "warning"}
 
 
+def test_bench_measures_what_it_says() -> None:
+    with running("bench", "--fabric", "verbs", "--seconds", "0.2", "--sizes", "64", "64K", "--json") as bench:
+        assert bench.end() == 0, bench.text
+        found = json.loads(bench.text)
+    assert found["fabric"] == "verbs"
+    assert [row["nbytes"] for row in found["rows"]] == [64, 65536]
+    for row in found["rows"]:
+        assert row["mb_per_s"] == pytest.approx(row["frames_per_s"] * row["nbytes"] / 1e6)
+        assert 0 < row["median_us"] <= row["p99_us"] < 1e6
+        # A ring full of frames on their way is faster than one after the other.
+        assert row["frames_per_s"] > 0.5e6 / row["median_us"]
+    with running("bench", "--fabric", "verbs", "--seconds", "0.1", "--sizes", "4K", "--copy") as bench:
+        assert bench.end() == 0, bench.text
+        assert "over verbs" in bench.text
+        assert "MB/s" in bench.text
+
+
 def test_devices_are_listed() -> None:
     with running("devices", "--json") as devices:
         assert devices.end() == 0, devices.text
