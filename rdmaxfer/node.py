@@ -37,7 +37,7 @@ from rdmaxfer.handshake import Acceptor, Connector, NewStream
 from rdmaxfer.link import Link, LinkState
 from rdmaxfer.reconnecting import Reconnecting
 from rdmaxfer.routing import Routing
-from rdmaxfer.status import Status
+from rdmaxfer.status import AGAIN_S, Status
 from rdmaxfer.stream import Origin, Stream
 from rdmaxfer.waiting import Deadline, Waiter
 
@@ -427,9 +427,25 @@ class Node(Generic[L, S]):
         """Answer `rdmaxfer top`. That it can't be is no reason not to go on."""
         try:
             self._status = status = Status(self)
-            control.watch_fd(status.fd, status.answer)
         except OSError as error:
             log.info("rdmaxfer top will not see this %s: %s", type(self).__name__, error)
+            return
+
+        def answer() -> bool:
+            try:
+                if status.answer():
+                    return True
+            except Exception:  # by mistake; frames are not to suffer for it
+                log.exception("rdmaxfer top got no answer")
+                return True
+            control.call_later(AGAIN_S, watch)
+            return False
+
+        def watch() -> None:
+            if status.fd >= 0:
+                control.watch_fd(status.fd, answer)
+
+        watch()
 
     def control_failed(self, error: BaseException) -> None:
         with self._lock:

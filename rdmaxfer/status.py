@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 PREFIX = "rdmaxfer/"
 ANSWER_S = 1.0
 """How long to wait for an answer: a process may have been stopped."""
+AGAIN_S = 1.0
+"""When to try again to answer, if there were too few file descriptors."""
 MAX_BYTES = 1 << 20
 MAX_LINKS = 100
 MAX_ARGUMENT = 200
@@ -57,11 +59,13 @@ class Status:
         self._socket.close()
 
     def answer(self) -> bool:
-        """Tell whoever has connected."""
+        """Tell whoever has connected. False if it can't be done now, and the socket would only say so again at once."""
         try:
             connection, _ = self._socket.accept()
-        except OSError:  # gone already; too few descriptors; closed
-            return self.fd >= 0
+        except (BlockingIOError, ConnectionAbortedError):  # gone already
+            return True
+        except OSError:  # too few descriptors; closed
+            return False
         with connection, contextlib.suppress(OSError):
             if _peer_uid(connection) == os.geteuid():
                 connection.setblocking(False)
@@ -123,4 +127,4 @@ def _peer_uid(connection: socket.socket) -> int:
     return int(struct.unpack("3i", credentials)[1])
 
 
-__all__ = ["Status", "find"]
+__all__ = ["AGAIN_S", "Status", "find"]

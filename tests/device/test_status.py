@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -83,6 +84,40 @@ def test_a_forked_child_does_not_answer_for_its_parent() -> None:
             os._exit(0 if fd == -1 else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(code, 0)[1]) == 0
         assert mine()["receiver"]["pid"] == os.getpid()
+
+
+class Failing:
+    """A socket of a process that has too many files open."""
+
+    def __init__(self, real: Any) -> None:
+        self.real = real
+        self.tries = 0
+        self.failing = True
+
+    def accept(self) -> Any:
+        self.tries += 1
+        if self.failing:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return self.real.accept()
+
+    def fileno(self) -> int:
+        return int(self.real.fileno())
+
+    def close(self) -> None:
+        self.real.close()
+
+
+def test_too_few_descriptors_neither_keep_the_control_thread_busy_nor_end_it() -> None:
+    with pair() as (tx, rx):
+        assert rx._status is not None
+        failing = Failing(rx._status._socket)
+        rx._status._socket = failing  # type: ignore[assignment]
+        assert "receiver" not in mine()  # which gives up after a second
+        assert 1 <= failing.tries <= 3
+        failing.failing = False
+        wait_until(lambda: "receiver" in mine(), "it answers again")
+        tx.push(b"x", timeout=TIMEOUT_S)
+        rx.recv(timeout=TIMEOUT_S).release()
 
 
 def test_top_prints_them() -> None:

@@ -56,6 +56,8 @@ class Viewer:
         self._thread = threading.Thread(target=self._main, name="rdmaxfer-view", daemon=True)
         self._thread.start()
         self._started.wait(START_S)
+        if not self.url and self._error is None:
+            self._error = TimeoutError(f"it did not start within {START_S:g} s")
         if self._error is not None:
             raise CommandError(
                 f"the page can't be served at port {port}: {self._error}.", fix="another port: --view PORT."
