@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # help
 # Checks the sources without running them: ruff (lint and format), mypy --strict on the package as it is installed,
-# the C core by the compiler with all warnings as errors, and the shell scripts by shellcheck.
+# the C core by the compiler with all warnings as errors, the shell scripts by shellcheck, and the documentation by making it a site.
 #
 #   scripts/check.sh
 #
@@ -46,11 +46,14 @@ c_core() {
 shell_scripts() { shellcheck -x "${scripts[@]}" && echo "no warnings in ${#scripts[@]} files"; }
 scripts=(.ci/run scripts/*.sh scripts/lib/*.sh tests/nodes/*.sh)
 
+site() { NO_MKDOCS_2_WARNING=1 "$venv/bin/mkdocs" build --strict --quiet && echo "no warnings"; }
+
 check "ruff" "$venv/bin/python" -m ruff check --output-format concise .
 check "format" "$venv/bin/python" -m ruff format --check .
 check "mypy" types
 check "C" c_core
 check "shellcheck" shell_scripts
+check "docs" site
 
 if ((${#failed[@]})); then
   echo "check.sh: FAILED: ${failed[*]}"
