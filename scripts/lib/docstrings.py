@@ -1,5 +1,5 @@
-"""An extension of griffe, which reads docstrings for the site: lines like `name: what it is`, below one that ends in a colon, become
-a list."""
+"""An extension of griffe, which reads docstrings for the site: lines like `name: what it is`, below one that ends in a colon, are
+a list there."""
 
 from __future__ import annotations
 

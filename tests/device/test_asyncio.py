@@ -140,7 +140,8 @@ def test_closing_ends_whatever_waits(run: Callable[..., Any]) -> None:
             await rx.close_async()
             await asyncio.wait([pushed, flushed, looped], timeout=TIMEOUT_S)
             for each in (pushed, flushed):
-                assert isinstance(each.exception(), rdmaxfer.ClosedError)
+                # Between goodbye and the end, the receiver may leave first.
+                assert isinstance(each.exception(), (rdmaxfer.ClosedError, PeerLost))
             held.release()
             assert looped.exception() is None
             assert not tx._alarm._wants
