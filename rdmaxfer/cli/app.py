@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import logging
 import shutil
+import sys
 import textwrap
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import rdmaxfer
 from rdmaxfer.cli import bench, demo, devices, doctor, keygen, record, recv, replay, send, top
@@ -38,6 +40,12 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"rdmaxfer {rdmaxfer.__version__}")
+    parser.add_argument(
+        "--print-completion",
+        action=PrintCompletion,
+        choices=["bash", "zsh"],
+        help='print what makes this shell complete rdmaxfer\'s arguments, as in: eval "$(rdmaxfer --print-completion bash)"',
+    )
     subcommands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in (doctor, devices, demo, send, recv, top, record, replay, bench, keygen):
         sub = subcommands.add_parser(
@@ -51,6 +59,22 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_arguments(sub)
         sub.set_defaults(run=command.run)
     return parser
+
+
+class PrintCompletion(argparse.Action):
+    """As `--version` does, but prints a script for a shell. Needs shtab, and only then."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *arguments: Any, **_: Any) -> NoReturn:
+        try:
+            import shtab
+        except ImportError:
+            print(
+                "rdmaxfer: completion needs the package shtab. Fix: pip install 'rdmaxfer[completion]'.",
+                file=sys.stderr,
+            )
+            parser.exit(1)
+        print(shtab.complete(parser, arguments[1]))
+        parser.exit(0)
 
 
 def layout(text: str) -> str:

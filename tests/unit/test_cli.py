@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -452,3 +454,22 @@ def test_amounts_are_readable() -> None:
         "5000.0 MB",
         "200.00 GB",
     ]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_shells_can_complete_arguments(shell: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["--print-completion", shell]) == 0
+    script = capsys.readouterr().out
+    for word in ("record", "--slot-bytes", "verbs"):
+        assert word in script
+    if shell == "bash":  # which is sure to be here, and knows what is no script
+        (tmp_path / "rdmaxfer").write_text(script)
+        subprocess.run(["bash", "-n", tmp_path / "rdmaxfer"], check=True, timeout=60)
+
+
+def test_completion_without_its_package_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert main(["--print-completion", "bash"]) == 1
+    assert "pip install 'rdmaxfer[completion]'" in capsys.readouterr().err
