@@ -24,7 +24,7 @@ import rdmaxfer
 pytestmark = pytest.mark.verbs
 
 TOP = Path(__file__).parents[2]
-PAGES = ("README.md", "docs/tutorial.md")
+PAGES = ("README.md", "docs/tutorial.md", "docs/howto.md")
 _BLOCK = re.compile(r"(?:^<!-- (program|run): (\S+) -->\n)?^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
