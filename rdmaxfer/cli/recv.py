@@ -38,7 +38,7 @@ SHOWN_PROBLEMS = 10
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("endpoint", metavar="ENDPOINT", help=options.ENDPOINT_HELP)
-    parser.add_argument("--out", metavar="DIR", help="save frames there: images as .png, everything else as .npy")
+    parser.add_argument("--out", metavar="DIR", help="save frames there: pictures as .png, everything else as .npy")
     parser.add_argument(
         "--verify", action="store_true", help="compare each frame with its hash, and check that no number is missing"
     )

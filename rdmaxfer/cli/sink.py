@@ -13,8 +13,12 @@ if TYPE_CHECKING:
     from rdmaxfer import Frame
 
 
+PICTURES = ("image", "video", "camera")
+"""What `rdmaxfer send` says that it took them from."""
+
+
 class Sink:
-    """Saves frames into a directory: images as .png if Pillow is there, all else as .npy. Overwrites nothing."""
+    """Saves frames into a directory: pictures as .png if Pillow is there, all else as .npy. Overwrites nothing."""
 
     def __init__(self, directory: str) -> None:
         self.directory = Path(directory)
@@ -32,7 +36,8 @@ class Sink:
     def save(self, frame: Frame) -> Path:
         number = self._peers.setdefault(frame.peer, len(self._peers))
         stem = f"frame-{frame.seq:08}" if number == 0 else f"sender{number + 1}-frame-{frame.seq:08}"
-        image = _as_image(frame.array) if frame.metadata.get("source") == "image" else None
+        pictured = frame.metadata.get("source") in PICTURES
+        image = _as_image(frame.array, frame.metadata.get("pixel_format")) if pictured else None
         path = self.directory / f"{stem}{'.npy' if image is None else '.png'}"
         try:
             with path.open("xb") as file:
@@ -46,7 +51,7 @@ class Sink:
         return path
 
 
-def _as_image(array: np.ndarray[Any, Any]) -> Any:
+def _as_image(array: np.ndarray[Any, Any], pixel_format: object) -> Any:
     """A Pillow image, or None if it can't be one."""
     if (
         array.dtype != np.uint8
@@ -58,4 +63,5 @@ def _as_image(array: np.ndarray[Any, Any]) -> Any:
         from PIL import Image
     except ImportError:
         return None
-    return Image.fromarray(array)
+    blue_first = pixel_format == "BGR8" and array.ndim == 3
+    return Image.fromarray(np.ascontiguousarray(array[:, :, ::-1]) if blue_first else array)

@@ -230,6 +230,28 @@ def test_doctor_is_green() -> None:
         assert {check["status"] for check in json.loads(doctor.text)} <= {"ok", "note", "warning"}
 
 
+def test_a_video_arrives_in_its_colours(endpoint: str, tmp_path: Path) -> None:
+    import cv2
+
+    blue_first = np.zeros((48, 64, 3), np.uint8)
+    blue_first[:, :, 2] = 250  # red
+    writer = cv2.VideoWriter(str(tmp_path / "red.avi"), cv2.VideoWriter.fourcc(*"MJPG"), 25, (64, 48))
+    for _ in range(5):
+        writer.write(blue_first)
+    writer.release()
+    with running("recv", endpoint, "--once", "--verify", "--out", str(tmp_path / "out")) as recv:
+        with running("send", endpoint, str(tmp_path / "red.avi")) as send:
+            assert send.end() == 0, send.text
+        assert recv.end() == 0, recv.text
+        assert "verified: 5 right" in recv.text
+    saved = sorted((tmp_path / "out").iterdir())
+    assert len(saved) == 5
+    with Image.open(saved[0]) as image:
+        red, green, blue = np.asarray(image).reshape(-1, 3).mean(axis=0)
+    assert red > 200 > 50 > green
+    assert blue < 50
+
+
 def test_bench_measures_what_it_says() -> None:
     with running("bench", "--fabric", "verbs", "--seconds", "0.2", "--sizes", "64", "64K", "--json") as bench:
         assert bench.end() == 0, bench.text

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 
-from rdmaxfer.cli import digest, photos
+from rdmaxfer.cli import digest, photos, sources
 from rdmaxfer.cli.failure import CommandError, Exit
 from rdmaxfer.cli.sources import Files, Item, Pattern, expand, load_image, repeated
 from rdmaxfer.errors import UnsupportedDtype
@@ -186,3 +188,45 @@ def test_without_scikit_image_the_demo_says_what_to_install(monkeypatch: pytest.
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(CommandError, match=r"rdmaxfer\[demo\]"):
         photos.find()
+
+
+# --- videos and cameras -----------------------------------------------------------------------------------------------
+
+
+def film(path: Path, frames: int) -> Path:
+    """A film that goes from black to white."""
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), 25, (64, 48))
+    for number in range(frames):
+        writer.write(np.full((48, 64, 3), number * 255 // frames, np.uint8))
+    writer.release()
+    return path
+
+
+def test_a_video_is_sent_frame_by_frame(tmp_path: Path) -> None:
+    path = film(tmp_path / "film.avi", 10)
+    items = list(sources.Video(str(path)))
+    assert [item.array.shape for item in items] == [(48, 64, 3)] * 10
+    assert {(item.name, item.source, item.pixel_format) for item in items} == {("film.avi", "video", "BGR8")}
+    brightness = [item.array.mean() for item in items]
+    assert brightness == sorted(brightness)
+    assert len(list(sources.repeated(sources.Joined([sources.Video(str(path))] * 2), 2))) == 40
+
+
+@pytest.mark.parametrize(
+    ("name", "says"), [("camera:99", "can't be opened as a camera"), ("film.mp4", "can't be opened as a video")]
+)
+def test_what_is_no_video_and_no_camera(name: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "film.mp4").write_text("no film")
+    with pytest.raises(CommandError, match=says):
+        list(sources.Video(name if ":" in name else str(tmp_path / name)))
+
+
+def test_what_counts_as_a_video() -> None:
+    assert all(map(sources.is_video, ("camera:0", "a/b.MP4", "x.webm")))
+    assert not any(map(sources.is_video, ("camera", "camera:x", "a.npy", "a.png", "mp4")))
+
+
+def test_videos_need_opencv(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(CommandError, match="need OpenCV"):
+        list(sources.Video("camera:0"))
