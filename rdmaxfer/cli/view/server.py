@@ -1,4 +1,4 @@
-"""The server of the page, on a thread of its own. It gets a thin copy of a frame only while somebody looks, and has asked for one.
+"""The server of the page, on a thread of its own. It gets a thin copy of a frame when somebody has asked for one, else once a second.
 
 Only programs and browsers of this machine reach it; a page of another site that tries to, by the user's browser, is turned away by
 its Host and Origin.
@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import math
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 EVERY_S = 0.5
 """How often numbers are told."""
+KEEP_EVERY_S = 1.0
 START_S = 10.0
 HERE = {"127.0.0.1", "localhost", "[::1]"}
 MAX_METADATA_CHARS = 2000
@@ -47,6 +49,7 @@ class Viewer:
         self.url = ""
         self._wanted = threading.Event()
         """Somebody looks, and waits for a picture."""
+        self._kept_s = -math.inf
         self._fresh: asyncio.Condition | None = None
         self._latest: tuple[dict[str, Any], Any] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -64,11 +67,12 @@ class Viewer:
             ) from None
 
     def offer(self, frame: rdmaxfer.Frame) -> None:
-        """Show this frame, if somebody waits for one. It may be released afterwards."""
-        loop = self._loop
-        if loop is None or not self._wanted.is_set():
+        """Show this frame, if somebody waits for one; now and then one is kept for who comes later. It may be released then."""
+        loop, now_s = self._loop, time.monotonic()
+        if loop is None or not (self._wanted.is_set() or now_s - self._kept_s >= KEEP_EVERY_S):
             return
         self._wanted.clear()
+        self._kept_s = now_s
         about = describe(frame)
         plane = picture.thinned(frame.array, about["pixel_format"])
         with contextlib.suppress(RuntimeError):  # the loop has just ended
