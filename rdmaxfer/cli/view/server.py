@@ -1,4 +1,4 @@
-"""The server of the page, on a thread of its own. It gets a thin copy of a frame when somebody has asked for one, else once a second.
+"""The server of the page, on a thread of its own. It gets a thin copy of a frame when one is asked for, and else once a second.
 
 Only programs and browsers of this machine reach it; a page of another site that tries to, by the user's browser, is turned away by
 its Host and Origin.
