@@ -291,14 +291,14 @@ def test_close_at_the_worst_moment_of_connect_or_bind_leaves_nothing(
     before = resources()
     tx = rdmaxfer.Sender()
     looked = threading.Event()
-    route = tx.route
+    route = tx.routing.by_verbs
 
     def route_while_closing(*args: Any, **kwargs: Any) -> Any:
         looked.set()
         wait_until(lambda: tx.closed, "close() has begun")
         return route(*args, **kwargs)
 
-    monkeypatch.setattr(tx, "route", route_while_closing)
+    monkeypatch.setattr(tx.routing, "by_verbs", route_while_closing)
     if call == "connect":
         working = Background(lambda: tx.connect("tcp://127.0.0.1:9", timeout=1))
     else:
