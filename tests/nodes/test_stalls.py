@@ -2,7 +2,7 @@
 
 rxe of Linux 6.1 repeats for ever when retry_cnt is 7; a queue pair that couldn't send one packet because the card
 was down does not send any more, without a completion or an event for it; one whose packets have become too large for the card tries
-to send the first of them for ever.
+to send the first of them for ever, in a softirq that leaves next to nothing of its CPU to programs: the nodes need two.
 """
 
 from __future__ import annotations
