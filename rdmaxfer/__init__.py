@@ -51,6 +51,7 @@ from rdmaxfer.errors import (
     VerbsError,
     VerbsUnavailable,
 )
+from rdmaxfer.intake import Intake
 from rdmaxfer.lease import Frame, Gap, Slot
 from rdmaxfer.node import LinkInfo, StateChange
 from rdmaxfer.receiver import Receiver
@@ -78,6 +79,7 @@ __all__ = [
     "FrameReleased",
     "FrameTooLarge",
     "Gap",
+    "Intake",
     "Latency",
     "LinkInfo",
     "LocalProtocolError",

@@ -35,6 +35,7 @@ from rdmaxfer.errors import (
 from rdmaxfer.fabric.choice import Fabric
 from rdmaxfer.frame import FrameType, encode_metadata, frame_type
 from rdmaxfer.inband import MESSAGE_BYTES
+from rdmaxfer.intake import Intake
 from rdmaxfer.lease import Frame, Slot
 from rdmaxfer.link import recv_depth, send_depth
 from rdmaxfer.memory import Buffer, ForeignMemory
@@ -179,6 +180,7 @@ class Sender(Node[SendLink, SendStream]):
         self._corked = False
         """Whether frames are being posted together."""
         self._pumping: threading.Thread | None = None
+        self._intakes: list[Intake] = []
 
     # --- connections -----------------------------------------------------------------------------------------------------
 
@@ -311,6 +313,22 @@ class Sender(Node[SendLink, SendStream]):
         along with each, such as {"pixel_format": "BGR8"}.
         """
         return Callback(self, metadata, timeout)
+
+    def intake(self, name: str, *, slots: int = 16, slot_bytes: int) -> Intake:
+        """Let a C or C++ program on this machine, of this user, fill frames in memory that lies here: they are pushed from there.
+
+        It attaches by `name` (rdmaxfer.h; docs/howto.md), reserves one of `slots` slots of `slot_bytes` each, fills and publishes
+        it. The slot is free again when all receivers have released the frame and those before it. One program at a time. Raises
+        EndpointError if the name is taken.
+        """
+        with self._lock:
+            self._check_usable()
+        for each in [each for each in self._intakes if each.over]:
+            self._intakes.remove(each)
+            each.end()
+        made = Intake(self, name, slots, slot_bytes)
+        self._intakes.append(made)
+        return made
 
     def push_many(
         self,
@@ -1119,6 +1137,14 @@ class Sender(Node[SendLink, SendStream]):
         stream.end()
         self._pool.forget_lent()
 
+    def close(self, timeout: float = 5.0) -> None:
+        """Say goodbye to all peers and free everything, within about `timeout` seconds whatever they do. Twice is harmless."""
+        deadline = Deadline(timeout)
+        if not self._forked:
+            for intake in self._intakes:
+                intake.close(deadline.left_s())
+        super().close(deadline.left_s())
+
     def _say_goodbye(self, deadline: Deadline) -> None:
         """Wait until the devices of all receivers have confirmed every frame, then say goodbye in band, after the last of them."""
 
@@ -1179,6 +1205,8 @@ class Sender(Node[SendLink, SendStream]):
             self._waiter.wake()
 
     def _free_memory(self) -> None:
+        for intake in self._intakes:
+            intake.end()
         with self._lock:
             self._registrations.clear()
             for source in self._borrowed.values():

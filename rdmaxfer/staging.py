@@ -95,6 +95,10 @@ class StagingSlot(Source):
         """A writable array, at its beginning or `offset` bytes behind."""
         return self.buffer.array(self.offset + offset, shape, dtype, writable=True)
 
+    def unregister(self) -> None:
+        super().unregister()
+        self._use = None  # which refers to this slot: its memory would wait for the garbage collector
+
     @property
     def free(self) -> bool:
         return self._use is None or self._use() is None

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # help
 # Checks the sources without running them: ruff (lint and format), mypy --strict on the package as it is installed,
-# the C core by the compiler with all warnings as errors, the shell scripts by shellcheck, and the documentation by making it a site.
+# the C core and the examples in C and C++ by the compiler with all warnings as errors, the shell scripts by shellcheck, and the documentation by making it a site.
 #
 #   scripts/check.sh
 #
@@ -17,7 +17,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then show_help; exit; fi
 
-install_requirements gcc
+install_requirements gcc g++
 command -v shellcheck >/dev/null || need_packages --apt shellcheck --dnf ShellCheck
 make_venv dev
 cd "$checkout"
@@ -34,11 +34,14 @@ check() {
 types() { (cd / && "$venv/bin/python" -m mypy --strict --config-file "$checkout/pyproject.toml" --cache-dir "$checkout/.mypy_cache" -p rdmaxfer); }
 
 c_core() {
-  local source python_include=() status=0
-  for source in rdmaxfer/_native/*.c bench/*.c; do
-    [[ -e $source ]] || continue
-    cc -std=c11 -Wall -Wextra -Werror -fsyntax-only "${python_include[@]}" "$source" || status=1
+  local source status=0
+  for source in rdmaxfer/_native/*.c bench/*.c examples/*.c; do
+    cc -std=gnu11 -Wall -Wextra -Werror -fsyntax-only -Irdmaxfer/include "$source" || status=1
   done
+  for source in examples/*.cpp; do
+    c++ -std=c++17 -Wall -Wextra -Werror -fsyntax-only -Irdmaxfer/include "$source" || status=1
+  done
+  cc -std=c99 -pedantic -Wall -Wextra -Werror -fsyntax-only -x c rdmaxfer/include/rdmaxfer.h || status=1
   ((status)) || echo "no warnings"
   return "$status"
 }

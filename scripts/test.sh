@@ -58,7 +58,7 @@ trap 'exit 130' INT
 trap 'exit 143' TERM HUP
 
 # Packages first and one after the other: apt has one lock. What only downloads and compiles then goes on beside pip.
-install_requirements gcc
+install_requirements gcc g++   # g++: an example
 uml_ready='' vm_ready=''
 if has_stage uml; then
   "$here/softroce_uml.sh" tools

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import rdmaxfer
-from rdmaxfer.cli import bench, demo, devices, doctor, keygen, record, recv, replay, send, top
+from rdmaxfer.cli import bench, config, demo, devices, doctor, keygen, record, recv, replay, send, top
 from rdmaxfer.cli.failure import EXIT_CODES, report
 
 DESCRIPTION = """\
@@ -47,7 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
         help='print what makes this shell complete rdmaxfer\'s arguments, as in: eval "$(rdmaxfer --print-completion bash)"',
     )
     subcommands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (doctor, devices, demo, send, recv, top, record, replay, bench, keygen):
+    for command in (doctor, devices, demo, send, recv, top, record, replay, bench, keygen, config):
         sub = subcommands.add_parser(
             command.__name__.rpartition(".")[2],
             help=command.HELP,

@@ -7,7 +7,7 @@ venv=$checkout/.venv
 install_requirements() {
   need_packages \
     --apt libc6-dev python3 python3-dev python3-venv python3-pyverbs libibverbs-dev ibverbs-providers rdma-core iproute2 "$@" \
-    --dnf gcc python3 python3-devel python3-pip python3-pyverbs rdma-core-devel libibverbs rdma-core iproute
+    --dnf gcc gcc-c++ python3 python3-devel python3-pip python3-pyverbs rdma-core-devel libibverbs rdma-core iproute
 }
 
 # make_venv EXTRA: .venv, by the Python that can import pyverbs, with the checkout and this extra of it installed.

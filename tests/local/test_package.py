@@ -54,9 +54,15 @@ def test_the_wheel_is_small_and_has_all_that_it_needs_and_no_more(built: tuple[P
         names = archive.namelist()
         libraries = [name for name in names if ".so" in name]
         assert not [name for name in names if "ibverbs" in name or name.startswith(("tests", "cm/"))]
-        for name in ("rdmaxfer/py.typed", "rdmaxfer/cli/view/page.html", "rdmaxfer/cm/control.py"):
+        for name in (
+            "rdmaxfer/py.typed",
+            "rdmaxfer/cli/view/page.html",
+            "rdmaxfer/cm/control.py",
+            "rdmaxfer/include/rdmaxfer.h",
+        ):
             assert name in names
-        assert {re.match(r"rdmaxfer/(_\w+)\.", name)[1] for name in libraries} == {"_verbs", "_copy", "_shm", "_wire"}  # type: ignore[index]
+        stems = {name.removeprefix("rdmaxfer/").partition(".")[0] for name in libraries}
+        assert stems == {"_verbs", "_copy", "_shm", "_wire", "lib/librdmaxfer_shm"}
         for name in libraries:
             path = Path(archive.extract(name, wheel.parent))
             needed = set(re.findall(r"NEEDED.*\[(.+)\]", run("readelf", "-d", path)))
@@ -83,6 +89,9 @@ def test_it_works_where_there_is_nothing_of_rdma(built: tuple[Path, Path], tmp_p
     run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", built[0])
     assert f"{rdmaxfer.__version__} False" in run(python, "-c", ROUND_TRIP)
     assert rdmaxfer.__version__ in run(venv / "bin/rdmaxfer", "--version")
+    options = run(venv / "bin/rdmaxfer", "config", "--cflags", "--libs").split()
+    run("cc", "-Wall", "-Werror", ROOT / "examples" / "capture.c", *options, "-o", tmp_path / "capture")
+    assert "librdmaxfer_shm.so => /" in run("ldd", tmp_path / "capture")
     said = run(venv / "bin/rdmaxfer", "doctor", code=1)
     assert "pyverbs is not importable" in said
     assert "Fix: " in said

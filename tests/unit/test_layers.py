@@ -42,7 +42,7 @@ LAYERS = [
     ["rdmaxfer.send_stream", "rdmaxfer.recv_stream"],
     ["rdmaxfer.handshake", "rdmaxfer.waiting", "rdmaxfer.domains", "rdmaxfer.reconnecting"],
     ["rdmaxfer.statistics", "rdmaxfer.routing", "rdmaxfer.status", "rdmaxfer.callback"],
-    ["rdmaxfer.aio", "rdmaxfer.async_sending"],
+    ["rdmaxfer.aio", "rdmaxfer.async_sending", "rdmaxfer.intake"],
     ["rdmaxfer.node"],
     ["rdmaxfer.receiver", "rdmaxfer.sender", "rdmaxfer.sharing", "rdmaxfer.metrics"],
     ["rdmaxfer"],
