@@ -99,6 +99,39 @@ def test_other_libraries_see_the_slot_itself() -> None:
                 use(frame)
 
 
+def test_pandas_and_pyarrow() -> None:
+    """Their columns and buffers lie in the slot, and what they have made is pushed as an array."""
+    import pandas as pd
+    import pyarrow as pa
+
+    values = np.arange(24, dtype="f4").reshape(4, 6)
+    with pair() as (tx, rx):
+        tx.push(values, timeout=TIMEOUT_S)
+        with rx.recv(timeout=TIMEOUT_S) as frame:
+            here = address(frame.array)
+            buffer = pa.py_buffer(frame.array)
+            assert (buffer.address, buffer.size) == (here, values.nbytes)
+            column = pa.Array.from_buffers(pa.float32(), values.size, [None, buffer])
+            assert column.buffers()[1].address == here
+            assert column.to_numpy().tolist() == values.ravel().tolist()
+            assert address(pa.Tensor.from_numpy(frame.array).to_numpy()) == here
+            table = pd.DataFrame(frame.array, copy=False)
+            assert address(table.to_numpy()) == here
+            assert table.iloc[1, 2] == values[1, 2]
+            del buffer, column, table
+        rows = np.array([(1.5, 2), (2.5, 3)], dtype=[("x", "f8"), ("n", "i4")])
+        for made, expected in (
+            (pd.Series([1, 2, 3]), [1, 2, 3]),
+            (pa.array([1.5, 2.5]), [1.5, 2.5]),
+            (rows, [(1.5, 2), (2.5, 3)]),
+        ):
+            tx.push(made, timeout=TIMEOUT_S)
+            with rx.recv(timeout=TIMEOUT_S) as frame:
+                assert frame.array.tolist() == expected
+                if frame.dtype.names:
+                    assert pd.DataFrame(frame.array)["n"].tolist() == [2, 3]
+
+
 def test_a_frame_stays_leased_as_long_as_another_library_has_it() -> None:
     with pair(receiver={"slots": 4}) as (tx, rx):
         tx.push(picture(4), timeout=TIMEOUT_S)
