@@ -61,6 +61,7 @@ def test_the_wheel_is_small_and_has_all_that_it_needs_and_no_more(built: tuple[P
             "rdmaxfer/include/rdmaxfer.h",
         ):
             assert name in names
+        assert [name for name in names if name.endswith(".data/data/share/man/man1/rdmaxfer.1")]
         stems = {name.removeprefix("rdmaxfer/").partition(".")[0] for name in libraries}
         assert stems == {"_verbs", "_copy", "_shm", "_wire", "lib/librdmaxfer_shm"}
         for name in libraries:

@@ -16,6 +16,7 @@ import pytest
 import rdmaxfer
 from rdmaxfer import errors
 from rdmaxfer.cli import main, options
+from rdmaxfer.cli.app import make_parser
 from rdmaxfer.cli.failure import CommandError, Exit, exit_code, printable, report
 from rdmaxfer.cli.progress import Progress, megabytes
 
@@ -473,3 +474,16 @@ def test_completion_without_its_package_says_how_to_get_it(
     monkeypatch.setitem(sys.modules, "shtab", None)
     assert main(["--print-completion", "bash"]) == 1
     assert "pip install 'rdmaxfer[completion]'" in capsys.readouterr().err
+
+
+def test_the_manual_page_has_every_command_and_option() -> None:
+    """It is made by scripts/docs.sh, of the same parser."""
+    page = (Path(__file__).parents[2] / "docs" / "man" / "rdmaxfer.1").read_text(encoding="utf-8").replace("\\-", "-")
+    parser = make_parser()
+    (commands,) = (each for each in parser._actions if isinstance(each, argparse._SubParsersAction))
+    for name, command in commands.choices.items():
+        assert f"rdmaxfer {name}" in page, "run scripts/docs.sh"
+        section = page.partition(f".SS \\fBrdmaxfer {name}\\fR")[2].partition(".SS ")[0]
+        for action in command._actions:
+            for option in action.option_strings[-1:]:
+                assert option == "--help" or option in section, f"{name} {option}: run scripts/docs.sh"
