@@ -34,7 +34,7 @@ from rdmaxfer.errors import (
 )
 from rdmaxfer.memory import Buffer
 from rdmaxfer.staging import PAGE, Holder, StagingSlot, _Use
-from rdmaxfer.status import _peer_uid
+from rdmaxfer.status import AGAIN_S, _peer_uid
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -121,6 +121,8 @@ class Intake:
 
     def close(self, timeout: float = 5.0) -> None:
         """Push what was published, then let go of the program, within `timeout` seconds. Twice is harmless."""
+        if self._sender._forked:
+            return
         if self._end_s is None:
             self._end_s = time.monotonic() + timeout
             os.eventfd_write(self._wake_fd, 1)
@@ -192,10 +194,16 @@ class Intake:
                 poll.poll()
                 if self._sender.closed:
                     return
-                with contextlib.suppress(BlockingIOError, ConnectionAbortedError):
+                try:
                     guest, _ = self._listener.accept()
-                    with guest:
-                        self._serve(guest)
+                except (BlockingIOError, ConnectionAbortedError):  # gone already
+                    continue
+                except OSError as error:  # too few descriptors: it goes on waiting at the door
+                    log.warning("no program can attach to the intake %s now: %s", self.name, error)
+                    select.select([self._wake_fd], [], [], AGAIN_S)
+                    continue
+                with guest:
+                    self._serve(guest)
 
     def _serve(self, guest: socket.socket) -> None:
         """From the greeting of a program to its end."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import resource
+import select
 import shutil
 import signal
 import socket
@@ -315,6 +318,47 @@ def test_a_program_that_publishes_a_slot_twice(caplog: pytest.LogCaptureFixture)
             ring.fill(np.full(100, 3, np.uint8))
             with receiver.recv(timeout=TIMEOUT_S) as frame:
                 assert np.all(frame.array == 3)
+
+
+def test_too_few_file_descriptors(caplog: pytest.LogCaptureFixture) -> None:
+    """A program waits until there are some, and the sender goes on."""
+    with pair() as (sender, receiver), sender.intake("files", slots=2, slot_bytes=100):
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as program:
+            program.settimeout(TIMEOUT_S)
+            spare = os.dup(0)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (spare, limits[1]))
+            os.close(spare)
+            held = []
+            try:
+                with contextlib.suppress(OSError):
+                    while True:
+                        held.append(os.dup(0))
+                program.connect(f"\0rdmaxfer-intake/{os.geteuid()}/files")
+                wait_until(lambda: "no program can attach" in caplog.text, "it says so")
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+                for fd in held:
+                    os.close(fd)
+        with Ring("files") as ring:
+            ring.fill(np.full(100, 4, np.uint8))
+            with receiver.recv(timeout=TIMEOUT_S) as frame:
+                assert np.all(frame.array == 4)
+
+
+def test_closing_it_in_a_forked_child_leaves_the_parent_alone() -> None:
+    with pair() as (sender, receiver), sender.intake("forked", slots=2, slot_bytes=100) as intake:
+        child = os.fork()
+        if child == 0:
+            intake.close()
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        assert intake._end_s is None
+        assert not select.select([intake._wake_fd], [], [], 0)[0]
+        with Ring("forked") as ring:
+            ring.fill(np.full(100, 6, np.uint8))
+            with receiver.recv(timeout=TIMEOUT_S) as frame:
+                assert np.all(frame.array == 6)
 
 
 def test_closing_the_sender_ends_it() -> None:
