@@ -30,7 +30,7 @@ def on_files(files: Files, config: Any) -> Files:
     for path, text in (
         ("index.md", _from_root((ROOT / "README.md").read_text())),
         ("changes.md", _from_root((ROOT / "CHANGELOG.md").read_text())),
-        ("reference.md", REFERENCE + "".join(_entry(name) for name in _public_names())),
+        ("reference.md", REFERENCE + "".join(_entry(name) for name in _public_names()) + _header()),
     ):
         files.append(File.generated(config, path, content=text))
     return files
@@ -52,6 +52,11 @@ def _from_root(text: str) -> str:
         return f"[{label}](changes.md)" if target == "CHANGELOG.md" else str(label)
 
     return re.sub(r"\[([^\]]+)\]\(([^)\s]+)\)", link, text)
+
+
+def _header() -> str:
+    text = (ROOT / "rdmaxfer" / "include" / "rdmaxfer.h").read_text()
+    return f"## In C: rdmaxfer.h\n\n```c\n{text}```\n"
 
 
 def _entry(name: str) -> str:
