@@ -50,7 +50,7 @@ from rdmaxfer.fabric.route import local_ip_towards
 SIZES = {64: 8000, 4096: 8000, 65536: 3000, 1 << 20: 600, 8 << 20: 80, 64 << 20: 20}
 """Payload bytes -> frames a round."""
 RING_BYTES = 512 << 20
-"""Larger frames have fewer slots than --slots: Soft-RoCE of the guest's kernel can't register a ring of 1 GiB and its headers."""
+"""Larger frames have fewer slots than --slots: Soft-RoCE of the guest's kernel registers no more than 1 GiB at once."""
 SPLIT = range(65536, (8 << 20) + 1)
 """Sizes that are measured with the CPUs split, too: `ib_write_bw` with 64 MiB did not end there."""
 WARM_UP = 0.1

@@ -75,6 +75,11 @@ _FIXES: dict[tuple[str, int], str] = {
     (_RTR, errno.ENETUNREACH): "there is no route from this GID to the peer's: choose a GID of the peer's network.",
     (_RTR, errno.ETIMEDOUT): "the peer's address did not resolve: is the peer up, and on the network of this GID?",
     (_RTR, errno.EHOSTUNREACH): "the peer's address did not answer: is the peer up, and on the network of this GID?",
+    (
+        "ibv_reg_mr",
+        errno.ENOMEM,
+    ): "use fewer or smaller slots: the machine or the device is out of memory, or it is Soft-RoCE, which "
+    "takes no more than 1 GiB at once in some kernels.",
     ("ibv_create_cq", errno.EINVAL): "the device allows fewer completion entries: use fewer slots.",
     ("ibv_create_cq", errno.ENOMEM): _MEMLOCK,
     ("ibv_create_qp", errno.EINVAL): "the device allows fewer or smaller work requests: use fewer slots.",

@@ -15,8 +15,9 @@ MEMBERS = {
         register forward as_callback intake flush flush_async take_drops statistics links next_seq closed close close_async""",
     "Receiver": """bind connect connect_async wait_for_peers wait_for_peers_async recv recv_async recv_many recv_many_async
         statistics links closed close close_async""",
+    "Intake": "name slots slot_bytes frames error attached close",
 }
-"""What users call of the two; the rest is for other modules of the package."""
+"""What users call of these; the rest is for other modules of the package."""
 
 REFERENCE = """\
 # Reference
