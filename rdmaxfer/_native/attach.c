@@ -25,6 +25,7 @@
 #include <unistd.h>
 
 #define PUBLIC __attribute__((visibility("default")))
+#define BUSY "the intake %s does not answer: another program is attached to it, or its Python process stands still"
 #define LOOK_NS 20000000u /* how often attach looks for an intake */
 
 enum state { AWAY, FREE, RESERVED }; /* of a slot: with Python, here to be reserved, reserved */
@@ -94,7 +95,7 @@ static int address_of(const char *name, struct sockaddr_un *address, socklen_t *
 }
 
 static int open_socket(const struct sockaddr_un *address, socklen_t bytes) {
-    int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+    int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0); /* a full queue at the door would hold connect(2) up */
     if (fd < 0)
         return -errno;
     if (connect(fd, (const struct sockaddr *)address, bytes)) {
@@ -195,6 +196,8 @@ PUBLIC int rdmaxfer_attach(uint32_t abi, const char *name, int timeout_ms, rdmax
         if (fd != -ECONNREFUSED && fd != -EAGAIN)
             return fail(-fd, "the intake %s can't be connected to: %s", name, strerror(-fd));
         int ms = left_ms(deadline);
+        if (ms == 0 && fd == -EAGAIN)
+            return fail(ETIMEDOUT, BUSY, name);
         if (ms == 0)
             return fail(ETIMEDOUT, "nobody on this machine offers the intake %s; start the Python program that calls sender.intake(\"%s\", ...), as this user",
                         name, name);
@@ -218,7 +221,7 @@ PUBLIC int rdmaxfer_attach(uint32_t abi, const char *name, int timeout_ms, rdmax
     struct intake_welcome welcome;
     int fds[INTAKE_FDS];
     if (status == -ETIMEDOUT)
-        fail(ETIMEDOUT, "the intake %s does not answer: another program is attached to it, or its Python process stands still", name);
+        fail(ETIMEDOUT, BUSY, name);
     else if (status)
         fail(-status, "waiting for the intake %s ended: %s", name, strerror(-status));
     else

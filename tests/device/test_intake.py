@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import TIMEOUT_S, pair, wait_until
+from helpers import TIMEOUT_S, Background, pair, wait_until
 from ring_library import Failed, Program, Ring
 
 import rdmaxfer
@@ -213,6 +213,21 @@ def test_a_program_that_is_killed_takes_nothing_with_it() -> None:
                 ring.fill(np.full(100, number, np.uint8))
                 with receiver.recv(timeout=TIMEOUT_S) as frame:
                     assert np.all(frame.array == number)
+
+
+def test_more_programs_than_may_wait_at_the_door(caplog: pytest.LogCaptureFixture) -> None:
+    with pair() as (sender, receiver), sender.intake("door", slots=2, slot_bytes=100) as intake:
+        with Ring("door"):
+            for _ in range(12):  # they give up, and their places in the queue stay taken
+                with pytest.raises(Failed, match="another program is attached") as failed:
+                    Ring("door", timeout_ms=20)
+                assert failed.value.code == errno.ETIMEDOUT
+            waiting = Background(lambda: Ring("door"))
+        with waiting.result() as ring:
+            ring.fill(np.full(100, 8, np.uint8))
+            with receiver.recv(timeout=TIMEOUT_S) as frame:
+                assert np.all(frame.array == 8)
+        assert (intake.error, caplog.text) == (None, "")
 
 
 @pytest.mark.parametrize(
