@@ -124,14 +124,14 @@ def test_the_end_of_the_stream_ends_the_loop(run: Callable[..., Any]) -> None:
 def test_closing_ends_whatever_waits(run: Callable[..., Any]) -> None:
     async def main() -> None:
         async with Pair() as (tx, rx):
-            taken = asyncio.create_task(rx.recv_async())
+            await tx.push_async(np.zeros(9))
+            held = await rx.recv_async()
             looped = asyncio.create_task(all_of(rx))
             for _ in range(40):  # until there is no room left
                 try:
                     await tx.push_async(np.zeros(9), timeout=0.0)
                 except TimeoutExpired:
                     break
-            held = await taken
             pushed = asyncio.create_task(tx.push_async(np.zeros(9)))
             flushed = asyncio.create_task(tx.flush_async())
             await soon(lambda: len(tx._alarm._wants) > 0)
