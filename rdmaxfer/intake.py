@@ -18,11 +18,10 @@ import threading
 import time
 import weakref
 from collections import deque
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Final
 
-import msgspec
-import numpy as np
-
+from rdmaxfer import credentials
 from rdmaxfer.errors import (
     ClosedError,
     EndpointError,
@@ -33,8 +32,11 @@ from rdmaxfer.errors import (
     TimeoutExpired,
 )
 from rdmaxfer.memory import Buffer
-from rdmaxfer.staging import PAGE, Holder, StagingSlot, _Use
-from rdmaxfer.status import AGAIN_S, _peer_uid
+from rdmaxfer.outgoing import whole
+from rdmaxfer.published import Published, parse
+from rdmaxfer.staging import PAGE, Holder, StagingSlot, Use
+from rdmaxfer.status import AGAIN_S
+from rdmaxfer.waiting import Deadline
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -47,13 +49,11 @@ MAGIC: Final = b"rdmaxint"
 MAX_NAME: Final = 64
 MAX_SLOTS: Final = 1024
 WELCOME: Final = struct.Struct("=8sIIIIQQ512s")
-FRAME: Final = struct.Struct("=q8QI64sI")
 GREETING: Final = struct.Struct("=I")
 GREETING_S: Final = 1.0
 """How long to wait for a program that has connected to say what it is."""
 TURN_S: Final = 0.2
 """How often to see, while there is no room for a frame, whether it is to end."""
-SPIN_NS: Final = 0
 
 log = logging.getLogger("rdmaxfer")
 
@@ -92,17 +92,12 @@ class Intake:
         """Uses of slots that have ended."""
         self._end_s: float | None = None
         """When it has to be over, once it is being closed."""
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
-        try:
-            self._listener.bind(f"\0{PREFIX}{os.geteuid()}/{name}")
-            self._listener.listen(8)
-        except OSError as error:
-            self._listener.close()
-            raise EndpointError(
-                f"another process of this machine has an intake {name!r}, or it can't be had: {error.strerror}.",
-                fix="choose another name, or end that process.",
-            ) from None
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        try:
+            self._listener = _listen(name)
+        except BaseException:
+            os.close(self._wake_fd)
+            raise
         self._threads = [
             threading.Thread(target=self._guard, args=(what,), name=f"rdmaxfer-intake-{number}", daemon=True)
             for number, what in enumerate((self._take_in, self._give_back))
@@ -156,7 +151,7 @@ class Intake:
 
     # --- threads ---------------------------------------------------------------------------------------------------------
 
-    def _guard(self, what: Any) -> None:
+    def _guard(self, what: Callable[[], None]) -> None:
         try:
             what()
         except (ClosedError, ForkedError):
@@ -176,7 +171,7 @@ class Intake:
         with self._lock:
             while self._gone:
                 use = self._gone.popleft()
-                if isinstance(use, _Use):
+                if isinstance(use, Use):
                     for ring in [*self._old, self._ring]:
                         if ring is not None:
                             ring.give_back(use.slot)
@@ -250,7 +245,7 @@ class Intake:
         except (TimeoutError, ConnectionError):
             return False
         guest.setblocking(False)
-        if not greeting or _peer_uid(guest) != os.geteuid():
+        if not greeting or credentials.peer(guest).uid != os.geteuid():
             return False
         abi = GREETING.unpack(greeting)[0] if len(greeting) == GREETING.size else 0
         with contextlib.suppress(BlockingIOError):
@@ -269,24 +264,20 @@ class Intake:
 
     def _push_all(self, ring: _Ring) -> None:
         """What has been published."""
-        for published in ring.published():
-            self._push(ring, published)
+        for slot, published in ring.published():
+            self._push(ring, slot, published)
             self._collect()
 
-    def _push(self, ring: _Ring, published: _Published) -> None:
-        slot, holder = ring.slots[published.number], Holder()
+    def _push(self, ring: _Ring, slot: StagingSlot, published: Published) -> None:
+        kind, metadata, captured_ns = published
+        pieces, holder = whole(slot, kind.payload_bytes), Holder()
         slot.hold(holder, self._gone.append)
+        sender = self._sender
         try:
             while not holder.sent:
                 try:
-                    self._sender._push_staged(
-                        slot,
-                        holder,
-                        published.array,
-                        metadata=published.metadata,
-                        captured_ns=published.captured_ns,
-                        timeout=TURN_S,
-                    )
+                    with sender._lock:
+                        sender._push(kind, pieces, holder, metadata, captured_ns, Deadline(TURN_S))
                 except (TimeoutExpired, NotConnected) as error:
                     if self._end_s is not None and time.monotonic() >= self._end_s:
                         raise
@@ -303,11 +294,18 @@ class Intake:
                     ring.give_back(slot)
 
 
-class _Published(NamedTuple):
-    number: int
-    array: np.ndarray[Any, Any]
-    metadata: dict[str, Any] | None
-    captured_ns: int
+def _listen(name: str) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+    try:
+        listener.bind(f"\0{PREFIX}{os.geteuid()}/{name}")
+        listener.listen(8)
+    except OSError as error:
+        listener.close()
+        raise EndpointError(
+            f"another process of this machine has an intake {name!r}, or it can't be had: {error.strerror}.",
+            fix="choose another name, or end that process.",
+        ) from None
+    return listener
 
 
 class _Ring:
@@ -316,7 +314,7 @@ class _Ring:
     def __init__(self, slots: int, slot_bytes: int, wake_fd: int, guest: socket.socket) -> None:
         module: Any = importlib.import_module("rdmaxfer._shm")
         self._ffi, self._lib = module.ffi, module.lib
-        self.pid = int(struct.unpack("3i", guest.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0])
+        self.pid = credentials.peer(guest).pid
         self._slot_bytes = slot_bytes
         self._stride = -(-slot_bytes // PAGE) * PAGE
         self._capacity = 1 << (slots - 1).bit_length()
@@ -332,6 +330,7 @@ class _Ring:
         self._queues = Buffer(self._lib.sx_bytes(self._capacity), shared=True)
         self._memory = self._ffi.from_buffer(self._queues.view(0, self._queues.nbytes))
         self._item = self._ffi.new("sx_item *")
+        self._came = self._ffi.new("sx_item *")
         self._fds = self._ffi.new("int[4]")
         self._slept = self._ffi.new("int *")
         with contextlib.ExitStack() as stack:
@@ -390,54 +389,34 @@ class _Ring:
     def wait(self) -> bool:
         """Wait until something was published; False if the program has gone, or this side is to end."""
         count = self._lib.sx_wait(
-            self._eps, 1, self._epoll.fileno(), self._wake_fd, SPIN_NS, -1, self._fds, len(self._fds), self._slept
+            self._eps, 1, self._epoll.fileno(), self._wake_fd, 0, -1, self._fds, len(self._fds), self._slept
         )
         if count < 0:
             raise OSError(-count, os.strerror(-count))
         return bool(count == 0)  # its socket says nothing but its end
 
-    def published(self) -> Any:
-        """Each frame that was published, once. Raises _Bad."""
+    def published(self) -> Iterator[tuple[StagingSlot, Published]]:
+        """Each frame that was published, once. Raises _Bad, FrameError."""
         while True:
-            count = self._lib.sx_arrived(self._ep, self._item_in(), 1)
+            count = self._lib.sx_arrived(self._ep, self._came, 1)
             if count < 0:
                 raise _Bad("the memory that is shared with it is damaged")
             if count == 0:
                 return
-            found = self._read()
+            slot, data = self._read()
             self._arrived += 1
             self._lib.sx_consume(self._ep, 0, self._arrived)
-            yield found
+            published = parse(data, self._slot_bytes)
+            self._theirs[self._numbers[slot]] = False
+            yield slot, published
 
-    def _item_in(self) -> Any:
-        self._came = self._ffi.new("sx_item *")
-        return self._came
-
-    def _read(self) -> _Published:
+    def _read(self) -> tuple[StagingSlot, bytes]:
+        """What has come first."""
         item = self._came
-        number, nbytes = item.imm, item.data_bytes
-        if item.kind != self._lib.SX_WRITE or number >= len(self.slots) or not self._theirs[number]:
+        slot = self.slots[item.imm] if item.imm < len(self.slots) else None
+        if item.kind != self._lib.SX_WRITE or slot is None or slot.lent or not self._theirs[item.imm]:
             raise _Bad("it published a slot that it did not have")
-        if not FRAME.size <= nbytes <= self._lib.SX_ROOM:
-            raise _Bad("it published what is no frame")
-        data = bytes(self._ffi.buffer(self._lib.sx_data(self._ep, 0), nbytes))
-        captured_ns, *shape, ndim, name, _ = FRAME.unpack_from(data)
-        if ndim > len(shape):
-            raise _Bad(f"it published a frame of {ndim} dimensions")
-        text = name.rstrip(b"\0").decode("ascii", errors="replace")
-        try:
-            dtype = np.dtype(text)
-            array = self.slots[number].array(shape[:ndim], dtype)
-            if array.nbytes > self._slot_bytes:
-                raise ValueError("it is too large")
-        except (TypeError, ValueError, SyntaxError, OverflowError, MemoryError):
-            size = "x".join(map(str, shape[:ndim]))
-            raise _Bad(
-                f"a frame of {size} {text!r} is none that numpy knows and a slot of {self._slot_bytes} bytes holds"
-            ) from None
-        metadata = _metadata(data[FRAME.size :])
-        self._theirs[number] = False
-        return _Published(number, array, metadata, captured_ns)
+        return slot, bytes(self._ffi.buffer(self._lib.sx_data(self._ep, 0), item.data_bytes))
 
     def leave(self) -> None:
         """The program has gone: what it had in its hands is nobody's."""
@@ -449,18 +428,6 @@ class _Ring:
         for slot in self.slots:
             slot.unregister()
         self._stack.close()
-
-
-def _metadata(text: bytes) -> dict[str, Any] | None:
-    if not text:
-        return None
-    try:
-        found = msgspec.json.decode(text)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise _Bad(f"its metadata is no JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise _Bad("its metadata is no JSON object, as {...}")
-    return found
 
 
 __all__ = ["Intake"]

@@ -1140,10 +1140,11 @@ class Sender(Node[SendLink, SendStream]):
     def close(self, timeout: float = 5.0) -> None:
         """Say goodbye to all peers and free everything, within about `timeout` seconds whatever they do. Twice is harmless."""
         deadline = Deadline(timeout)
-        if not self._forked:
+        try:
             for intake in self._intakes:
                 intake.close(deadline.left_s())
-        super().close(deadline.left_s())
+        finally:
+            super().close(deadline.left_s())
 
     def _say_goodbye(self, deadline: Deadline) -> None:
         """Wait until the devices of all receivers have confirmed every frame, then say goodbye in band, after the last of them."""

@@ -43,7 +43,7 @@ class Holder:
         """What has to stay as long."""
 
 
-class _Use(weakref.ref[Holder]):
+class Use(weakref.ref[Holder]):
     """Tells when a Holder is gone; knows of which staging slot it was."""
 
     __slots__ = ("slot",)
@@ -89,7 +89,7 @@ class StagingSlot(Source):
         super().__init__(buffer.address + offset, nbytes, buffer)
         self.buffer = buffer
         self.offset = offset
-        self._use: _Use | None = None
+        self._use: Use | None = None
 
     def array(self, shape: Sequence[int], dtype: npt.DTypeLike, offset: int = 0) -> np.ndarray[Any, Any]:
         """A writable array, at its beginning or `offset` bytes behind."""
@@ -105,7 +105,7 @@ class StagingSlot(Source):
 
     def hold(self, holder: Holder, gone: Callable[[weakref.ref[Holder]], object]) -> None:
         """`gone` is called when the holder is; it has to be of C, as Ctrl-C in it would be lost."""
-        use = _Use(holder, gone)
+        use = Use(holder, gone)
         use.slot = self
         self._use = use
 
@@ -177,7 +177,7 @@ class StagingPool:
     def _pop(self) -> StagingSlot | None:
         while self._gone:
             use = self._gone.pop()
-            if isinstance(use, _Use) and use.slot.free and use.slot in self._all:
+            if isinstance(use, Use) and use.slot.free and use.slot in self._all:
                 if not use.slot.lent:
                     return use.slot
                 self.forget(use.slot)

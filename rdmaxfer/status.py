@@ -12,13 +12,13 @@ import json
 import os
 import secrets
 import socket
-import struct
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rdmaxfer import credentials
 from rdmaxfer.waiting import PATIENCE_S
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Status:
         except OSError:  # too few descriptors; closed
             return False
         with connection, contextlib.suppress(OSError):
-            if _peer_uid(connection) == os.geteuid():
+            if credentials.peer(connection).uid == os.geteuid():
                 connection.setblocking(False)
                 connection.send(json.dumps(self._describe()).encode())  # it fits into the socket's buffer, or is cut
         return True
@@ -110,7 +110,7 @@ def _ask(name: str, uid: int) -> dict[str, Any] | None:
     with contextlib.suppress(OSError, ValueError), socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(ANSWER_S)
         connection.connect("\0" + name.removeprefix("@"))
-        if _peer_uid(connection) != uid:  # anybody can take a name like ours
+        if credentials.peer(connection).uid != uid:  # anybody can take a name like ours
             return None
         parts: list[bytes] = []
         while part := connection.recv(1 << 16):
@@ -120,11 +120,6 @@ def _ask(name: str, uid: int) -> dict[str, Any] | None:
         found = json.loads(b"".join(parts))
         return found if isinstance(found, dict) else None
     return None
-
-
-def _peer_uid(connection: socket.socket) -> int:
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    return int(struct.unpack("3i", credentials)[1])
 
 
 __all__ = ["AGAIN_S", "Status", "find"]

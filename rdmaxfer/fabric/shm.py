@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Final, NamedTuple
 
+from rdmaxfer import credentials
 from rdmaxfer.errors import NoDevice, VerbsError
 from rdmaxfer.fabric import soft
 from rdmaxfer.fabric.owner import Owner
@@ -755,7 +756,7 @@ def _name(key: bytes) -> str:
 
 def _check_user(link: socket.socket) -> None:
     """Raise _Lie if another user is at the other end."""
-    _, uid, _ = struct.unpack("iII", link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    uid = credentials.peer(link).uid
     if uid != os.geteuid():
         raise _Lie(f"it belongs to user {uid}")
 

@@ -19,6 +19,7 @@ LAYERS = [
     ["rdmaxfer.errors"],
     [
         "rdmaxfer.inband",
+        "rdmaxfer.credentials",
         "rdmaxfer.memory",
         "rdmaxfer.spinning",
         "rdmaxfer.copying",
@@ -35,7 +36,7 @@ LAYERS = [
     ["rdmaxfer.fabric", "rdmaxfer.cm.client", "rdmaxfer.cm.server", "rdmaxfer.cm.connection"],
     ["rdmaxfer.cm"],
     ["rdmaxfer.lease", "rdmaxfer.staging"],
-    ["rdmaxfer.outgoing", "rdmaxfer.payload"],
+    ["rdmaxfer.outgoing", "rdmaxfer.payload", "rdmaxfer.published"],
     ["rdmaxfer.link", "rdmaxfer.registrations"],
     ["rdmaxfer.stream"],
     ["rdmaxfer.send_link", "rdmaxfer.recv_link"],
@@ -49,7 +50,7 @@ LAYERS = [
     ["rdmaxfer.cli", "rdmaxfer.__main__"],
 ]
 PURE = [
-    *("rdmaxfer.ring", "rdmaxfer.frame", "rdmaxfer.inband"),
+    *("rdmaxfer.ring", "rdmaxfer.frame", "rdmaxfer.inband", "rdmaxfer.published"),
     *(
         "rdmaxfer.cm." + name
         for name in ("protocol", "messages", "endpoint", "states", "client_session", "server_sessions", "turns")
