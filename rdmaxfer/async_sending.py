@@ -110,10 +110,10 @@ async def send(
 
 
 async def flush(sender: Sender, timeout: float | None) -> None:
-    latest = sender._seq - 1
+    latest, known = sender._seq - 1, sender._lossy
     deadline = Deadline(timeout)
     try:
-        await sender._alarm.look_and_wait(lambda: sender._released(latest), deadline, "flushing")
+        await sender._alarm.look_and_wait(lambda: sender._released(latest, known), deadline, "flushing")
     except TimeoutExpired as error:
         raise sender._flush_expired(error) from None
 

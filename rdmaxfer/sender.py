@@ -181,6 +181,9 @@ class Sender(Node[SendLink, SendStream]):
         """Whether frames are being posted together."""
         self._pumping: threading.Thread | None = None
         self._intakes: list[Intake] = []
+        self._lossy = 0
+        """Receivers that were lost with frames, in all; and what was said of the latest."""
+        self._latest_loss: PeerLost | None = None
 
     # --- connections -----------------------------------------------------------------------------------------------------
 
@@ -596,9 +599,9 @@ class Sender(Node[SendLink, SendStream]):
         """
         self._push_own_batch()
         with self._lock:
-            latest = self._seq - 1
+            latest, known = self._seq - 1, self._lossy
             try:
-                self._waiter.wait_locked(lambda: self._released(latest), Deadline(timeout), "flushing")
+                self._waiter.wait_locked(lambda: self._released(latest, known), Deadline(timeout), "flushing")
             except TimeoutExpired as error:
                 raise self._flush_expired(error) from None
 
@@ -608,8 +611,9 @@ class Sender(Node[SendLink, SendStream]):
 
         await async_sending.flush(self, timeout)
 
-    def _released(self, latest: int) -> bool | None:
-        """Whether all frames up to number `latest` are done with. With the lock held."""
+    def _released(self, latest: int, known: int) -> bool | None:
+        """Whether all frames up to number `latest` are done with, where `known` receivers had been lost with frames when the wait
+        began. With the lock held."""
         self._pump_all()
         waiting = False
         for stream in self._streams.values():
@@ -628,6 +632,10 @@ class Sender(Node[SendLink, SendStream]):
             if loss.unreleased:
                 self._losses.remove(loss)
                 raise loss
+        told = self._latest_loss
+        if self._lossy != known and told is not None and told.unreleased[0] <= latest:
+            # To somebody else, meanwhile; but who has waited for these frames is not to think that they were released.
+            raise type(told)(str(told).removesuffix(f" Fix: {told.fix}"), unreleased=told.unreleased, fix=told.fix)
         return True
 
     def _flush_expired(self, error: TimeoutExpired) -> TimeoutExpired:
@@ -1116,6 +1124,13 @@ class Sender(Node[SendLink, SendStream]):
         self._credits_before += link.credits_received
 
     def _loss(self, stream: SendStream, error: RdmaxferError | None) -> PeerLost | None:
+        lost = self._loss_of(stream, error)
+        if lost is not None and lost.unreleased:
+            self._lossy += 1
+            self._latest_loss = lost
+        return lost
+
+    def _loss_of(self, stream: SendStream, error: RdmaxferError | None) -> PeerLost | None:
         unreleased = stream.unreleased
         lost = super()._loss(stream, error)
         if lost is not None:

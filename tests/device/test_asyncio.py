@@ -135,17 +135,13 @@ def test_closing_ends_whatever_waits(run: Callable[..., Any]) -> None:
             pushed = asyncio.create_task(tx.push_async(np.zeros(9)))
             flushed = asyncio.create_task(tx.flush_async())
             await soon(lambda: len(tx._alarm._wants) > 0)
-            closed = asyncio.create_task(tx.close_async(0.2))
-            await asyncio.wait([closed], timeout=TIMEOUT_S)
+            with contextlib.suppress(PeerLost):  # the receiver holds frames
+                await tx.close_async(0.2)
             await rx.close_async()
             await asyncio.wait([pushed, flushed, looped], timeout=TIMEOUT_S)
-            ends = [each.exception() for each in (pushed, flushed, closed)]
-            # Between goodbye and the end the receiver, which holds frames, may leave first. Only one of the three is told of that;
-            # if the flush is not, it has nothing to wait for any more.
-            assert isinstance(ends[0], (rdmaxfer.ClosedError, PeerLost))
-            assert isinstance(ends[1], (rdmaxfer.ClosedError, PeerLost, type(None)))
-            assert isinstance(ends[2], (PeerLost, type(None)))
-            assert ends[1] is not None or any(isinstance(each, PeerLost) for each in ends)
+            for each in (pushed, flushed):
+                # Between goodbye and the end, the receiver may leave first.
+                assert isinstance(each.exception(), (rdmaxfer.ClosedError, PeerLost))
             held.release()
             assert looped.exception() is None
             assert not tx._alarm._wants

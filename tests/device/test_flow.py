@@ -375,3 +375,20 @@ def test_frames_reach_another_process() -> None:
     finally:
         process.kill()
         process.communicate()
+
+
+@pytest.mark.parametrize("bind", ["receiver", "sender"])
+def test_whoever_waits_for_frames_is_told_that_they_are_lost(bind: str) -> None:
+    """A loss is told once; but no flush that waits for its frames ends as if they had been released."""
+    with pair(bind=bind) as (tx, rx):
+        seq = tx.push(picture(1), timeout=TIMEOUT_S)
+        held = rx.recv(timeout=TIMEOUT_S)
+        flushing = [Background(lambda: tx.flush(timeout=TIMEOUT_S)) for _ in range(3)]
+        wait_until(lambda: tx._waiter._followers + tx._waiter._leader >= 3, "all of them wait")
+        rx.close()
+        for each in flushing:
+            with pytest.raises(rdmaxfer.PeerLost) as lost:
+                each.result()
+            assert lost.value.unreleased == (seq,)
+        held.release()
+        tx.flush(timeout=TIMEOUT_S)  # who asks later has nothing to wait for
