@@ -45,6 +45,15 @@ class Gap:
         return self.last_seq - self.first_seq + 1
 
 
+class _Writable:
+    """An array as if it could be written to, for as long as anybody has it."""
+
+    def __init__(self, array: np.ndarray[Any, Any]) -> None:
+        address, _ = array.__array_interface__["data"]
+        self.__array_interface__ = {**array.__array_interface__, "data": (address, False)}
+        self._array = array
+
+
 class Frame:
     """A received frame: a lease on a slot of registered memory.
 
@@ -145,8 +154,12 @@ class Frame:
     def __array_interface__(self) -> dict[str, Any]:
         return self.array.__array_interface__
 
-    def __dlpack__(self, **options: Any) -> Any:
-        return self.array.__dlpack__(**options)
+    def __dlpack__(self, *, max_version: tuple[int, int] | None = None, **options: Any) -> Any:
+        if max_version is not None and max_version[0] >= 1:
+            return self.array.__dlpack__(max_version=max_version, **options)
+        # Before its version 1.0, DLPack could not say that an array is read-only, and numpy refuses to export such. PyTorch before
+        # 2.9 asks so, and has no read-only tensors in any case.
+        return np.asarray(_Writable(self.array)).__dlpack__(**options)
 
     def __dlpack_device__(self) -> tuple[int, int]:
         kind, number = self.array.__dlpack_device__()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -67,23 +68,35 @@ def _as_array(given: Any) -> AnyArray:
     if isinstance(given, bytes):  # which numpy takes for text
         text: AnyArray = np.ndarray((len(given),), np.uint8, given)
         return text
-    try:
-        if hasattr(given, "__dlpack__") and not hasattr(given, "__array__"):
-            device = getattr(given, "__dlpack_device__", lambda: (1, 0))()
-            if device[0] not in HOST_MEMORY:
-                raise BufferError("its memory is that of another device")
-            return np.from_dlpack(given)
-        return np.asanyarray(given)
-    except (
-        TypeError,
-        ValueError,
-        RuntimeError,
-        BufferError,
-    ) as error:  # as tensors of other devices, or with a gradient, do
-        raise FrameError(
-            f"{type(given).__name__} can't be taken for an array: {error}",
-            fix="pass a numpy array, or what numpy.asarray takes, in this machine's own memory, like tensor.detach().cpu().",
-        ) from error
+    # Of several ways any may be closed: DLPack to structures, `__array__` to a PyTorch that was built for another numpy.
+    ways = [way for attribute, way in _WAYS if hasattr(given, attribute)] or [np.asanyarray]
+    errors = []
+    for way in ways:
+        try:
+            array = way(given)
+            return array
+        except (
+            AttributeError,
+            TypeError,
+            ValueError,
+            RuntimeError,
+            BufferError,
+        ) as error:  # as tensors with a gradient do
+            errors.append(error)
+    raise FrameError(
+        f"{type(given).__name__} can't be taken for an array: {'; '.join(map(str, errors))}",
+        fix="pass a numpy array, or what numpy.asarray takes, in this machine's own memory, like tensor.detach().cpu().",
+    ) from errors[-1]
+
+
+def _by_dlpack(given: Any) -> AnyArray:
+    device = getattr(given, "__dlpack_device__", lambda: (1, 0))()
+    if device[0] not in HOST_MEMORY:
+        raise BufferError("its memory is that of another device")
+    return np.from_dlpack(given)
+
+
+_WAYS: tuple[tuple[str, Callable[[Any], AnyArray]], ...] = (("__dlpack__", _by_dlpack), ("__array__", np.asanyarray))
 
 
 def _copy(data: AnyArray, staging: StagingSlot, offset: int) -> None:

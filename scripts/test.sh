@@ -12,6 +12,8 @@
 #   uml     ... a User Mode Linux guest with Soft-RoCE, at this machine's speed (scripts/softroce_uml.sh), and
 #   vm      ... those also marked "smoke" on the distribution's own kernel in a virtual machine (scripts/softroce_vm.sh), and
 #   nodes   ... tests/nodes on two of them, on a wire that loses packets
+#   torch   tests/tensors, with the distribution's PyTorch and numpy, on a device or in a User Mode Linux guest. Not of itself: PyTorch
+#           brings 120 packages (150 MB) to the system. CI=1 in the environment, or STAGES, asks for it
 #
 # Missing packages are installed (as root or by sudo; else the line to run is printed). The first run builds the User
 # Mode Linux kernel, which takes 4 to 6 minutes on 2 processors. A device test that finds no device fails; a stage in which no
@@ -44,6 +46,7 @@ if [[ -n ${STAGES:-} ]]; then read -r -a stages <<<"$STAGES"
 elif active_device >/dev/null; then stages=(host shm tcp "${browser[@]}" device)
 elif [[ -n $soak ]]; then stages=(host uml nodes)
 else stages=(host shm tcp "${browser[@]}" uml vm nodes); fi
+if [[ -z ${STAGES:-} && -z $soak && -n ${CI:-} ]]; then stages+=(torch); fi
 has_stage() { [[ " ${stages[*]} " == *" $1 "* ]]; }
 
 results=$(mktemp -d)
@@ -60,7 +63,9 @@ trap 'exit 143' TERM HUP
 # Packages first and one after the other: apt has one lock. What only downloads and compiles then goes on beside pip.
 install_requirements gcc g++   # g++: an example
 uml_ready='' vm_ready=''
-if has_stage uml; then
+need_uml=
+if has_stage uml || { has_stage torch && ! active_device >/dev/null; }; then need_uml=1; fi
+if [[ -n $need_uml ]]; then
   "$here/softroce_uml.sh" tools
   "$here/softroce_uml.sh" build & uml_ready=$!
   background+=("$uml_ready")
@@ -75,6 +80,11 @@ fi
 extras=test,demo
 if has_stage host; then extras+=,fuzz; fi
 make_venv "$extras"
+torch_venv=$checkout/build/venv-torch
+if has_stage torch; then   # after the other one: it is to have packages of its own, not those that come with PyTorch
+  need_packages --apt python3-torch --dnf python3-torch
+  venv=$torch_venv make_venv test-core
+fi
 
 # Guests can't write into the checkout, so nothing tries to; RDMAXFER_TEST_DEVICE makes a missing device a failure.
 # Not "python -m pytest" and not in the checkout: both would put it, and so the package as it is not installed, on the path.
@@ -116,6 +126,11 @@ run_stage() {
       "$here/softroce_vm.sh" --nodes 2 --cpus 2 --rw "$results" --timeout 1200 -- \
         bash "$checkout/tests/nodes/run.sh" "$venv/bin/python" \
         "${pytest[@]}" "$checkout/tests/nodes" -m nodes -o timeout=300 --junitxml="$results/nodes.xml" "${arguments[@]}" ;;
+    torch)
+      local torch_pytest=("$torch_venv/bin/pytest" "${pytest[@]:1}" "$checkout/tests/tensors" -m "rdma$only" --junitxml="$results/torch.xml" "${arguments[@]}")
+      if [[ -z $need_uml ]]; then RDMAXFER_TEST_DEVICE=1 "${torch_pytest[@]}"; return; fi
+      wait "$uml_ready" || { say "the User Mode Linux kernel is not there (see above)"; return 1; }
+      RDMAXFER_TEST_DEVICE=1 "$here/softroce_uml.sh" --rw "$results" --timeout 900 -- "${torch_pytest[@]}" ;;
     *) say "no stage is called $1"; return 2 ;;
   esac
 }

@@ -1,4 +1,4 @@
-"""Tests in device/ and faults/ need a verbs device, real or software (scripts/setup_softroce.sh, scripts/softroce_vm.sh).
+"""Tests in device/, faults/ and tensors/ need a verbs device, real or software (scripts/setup_softroce.sh, scripts/softroce_vm.sh).
 
 They run when asked for: `pytest -m rdma`, or RDMAXFER_TEST_DEVICE=1 in the environment. Then a missing device is a
 failure. RDMAXFER_DEVICE names the device to use. With RDMAXFER_FABRIC=shm or tcp they need none, and run
@@ -26,7 +26,7 @@ SOAK_TIMEOUT_S = 7200
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-NEED_A_DEVICE = frozenset(Path(__file__).parent / name for name in ("device", "faults"))
+NEED_A_DEVICE = frozenset(Path(__file__).parent / name for name in ("device", "faults", "tensors"))
 
 
 def _asked_for(config: pytest.Config) -> bool:

@@ -10,7 +10,7 @@ install_requirements() {
     --dnf gcc gcc-c++ python3 python3-devel python3-pip python3-pyverbs rdma-core-devel libibverbs rdma-core iproute
 }
 
-# make_venv EXTRA: .venv, by the Python that can import pyverbs, with the checkout and this extra of it installed.
+# make_venv EXTRA: $venv, by the Python that can import pyverbs, with the checkout and this extra of it installed.
 # The distribution's pyverbs has no counterpart that pip could install: hence --system-site-packages.
 make_venv() {
   local python log
@@ -20,7 +20,7 @@ make_venv() {
     rm -rf "$venv"
     "$python" -m venv --system-site-packages "$venv"
   fi
-  say "installing rdmaxfer[$1] into .venv"
+  say "installing rdmaxfer[$1] into ${venv#"$checkout"/}"
   log=$(mktemp)
   # Left to pip's own configuration; no input, since nobody may be there to answer.
   if ! "$venv/bin/python" -m pip install --no-input --quiet "${checkout}[$1]" >"$log" 2>&1 </dev/null; then

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -130,6 +132,53 @@ def test_pandas_and_pyarrow() -> None:
                 assert frame.array.tolist() == expected
                 if frame.dtype.names:
                     assert pd.DataFrame(frame.array)["n"].tolist() == [2, 3]
+
+
+# In a process of its own: JAX has threads that must not meet the forks of other tests.
+JAX = """
+import gc, sys
+import jax, jax.numpy as jnp, numpy as np
+import rdmaxfer
+jax.config.update("jax_platforms", "cpu")
+values = np.arange(4096, dtype="f4").reshape(64, 64)
+with rdmaxfer.Receiver(slots=4) as rx, rdmaxfer.Sender(slots=4) as tx:
+    tx.connect(rx.bind("tcp://127.0.0.1:*"))
+    tx.push(values)
+    frame = rx.recv(timeout=60)
+    here = frame.array.__array_interface__["data"][0]
+    array = jax.device_put(frame.array, may_alias=True)
+    del frame
+    gc.collect()
+    print("in place:", array.unsafe_buffer_pointer() == here, "aligned:", here % 64 == 0, "leased:", rx.statistics().leased)
+    print("sum:", float(array.sum()) == values.sum())
+    del array
+    gc.collect()
+    print("leased:", rx.statistics().leased)
+    made = jnp.arange(1 << 14, dtype=jnp.int32) * 2
+    tx.push(made)
+    tx.push(np.asarray(made), copy=False)
+    for _ in range(2):
+        with rx.recv(timeout=60) as frame:
+            print("made:", frame.array.tobytes() == np.asarray(made).tobytes())
+    tx.flush(timeout=60)
+    print("copied:", tx.statistics().copied)
+"""
+
+
+@pytest.mark.timeout(180)
+def test_jax() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", JAX], capture_output=True, text=True, timeout=2 * TIMEOUT_S, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    in_place, *rest = done.stdout.splitlines()
+    if "aligned: True" in in_place:  # XLA takes memory where it lies only then
+        assert in_place == "in place: True aligned: True leased: 1"
+    else:
+        assert FABRIC == "tcp"
+    # The first push copies; so does the second one where memory of other processes can't be read.
+    copied = 3 if FABRIC == "shm" else 2
+    assert rest == ["sum: True", "leased: 0", "made: True", "made: True", f"copied: {copied}"]
 
 
 def test_a_frame_stays_leased_as_long_as_another_library_has_it() -> None:

@@ -51,7 +51,9 @@ def test_the_wheel_is_small_and_has_all_that_it_needs_and_no_more(built: tuple[P
     wheel, source = built
     assert wheel.stat().st_size < MAX_WHEEL_BYTES
     # One for every Python, and for every distribution whose glibc is not older.
-    assert re.fullmatch(rf"rdmaxfer-{re.escape(rdmaxfer.__version__)}-cp310-abi3-manylinux_\d+_\d+_\w+\.whl", wheel.name)
+    assert re.fullmatch(
+        rf"rdmaxfer-{re.escape(rdmaxfer.__version__)}-cp310-abi3-manylinux_\d+_\d+_\w+\.whl", wheel.name
+    )
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         libraries = [name for name in names if ".so" in name]
