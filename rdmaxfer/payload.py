@@ -73,8 +73,7 @@ def _as_array(given: Any) -> AnyArray:
     errors = []
     for way in ways:
         try:
-            array = way(given)
-            return array
+            return way(given)
         except (
             AttributeError,
             TypeError,

@@ -1,4 +1,4 @@
-"""Makes what is released, in the folder that is named: a source archive, and a wheel of it for the Linux machines of this architecture.
+"""Makes what is released, in the folder that is named: a source archive, and of it a wheel for Linux and this architecture.
 
 auditwheel takes what is not on every machine (libgomp) into the wheel, and names the oldest glibc that it works with.
 """

@@ -1,4 +1,4 @@
-"""Frames as PyTorch's tensors and tensors as frames, without a copy where there need be none. Needs torch: scripts/test.sh, stage torch."""
+"""Frames as PyTorch's tensors and tensors as frames, without a copy where there need be none (stage torch of test.sh)."""
 
 from __future__ import annotations
 
