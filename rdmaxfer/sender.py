@@ -511,21 +511,47 @@ class Sender(Node[SendLink, SendStream]):
         Receiver with `share` or of one that got them by shared memory; and by other fabrics, for frames that came over RDMA. Else
         it is copied, as by `push`. Raises as `push` does, and FrameReleased.
         """
-        array = frame.array
+        deadline, holder = Deadline(timeout), Holder()
+        lent = self._lend(frame, holder)
         sent_along = frame.metadata if metadata is None else metadata
-        lease = frame._lease
-        memory = lease.memory if lease is not None else None
-        if lease is None or not array.nbytes or not self._can_send_from(memory):
-            return self.push(array, metadata=sent_along, captured_ns=frame.captured_ns, timeout=timeout)
-        kind = frame_type(array.shape, array.dtype)
+        if lent is None:
+            return self.push(frame.array, metadata=sent_along, captured_ns=frame.captured_ns, timeout=timeout)
+        kind, pieces = lent
         packed = encode_metadata(sent_along) if sent_along else b""
-        deadline = Deadline(timeout)
-        holder = Holder()
+        with self._lock:
+            return self._push(kind, pieces, holder, packed, frame.captured_ns, deadline)
+
+    async def forward_async(
+        self,
+        frame: Frame,
+        *,
+        metadata: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+    ) -> int:
+        """As `forward`, without holding up the event loop. When cancelled, the frame was sent to nobody."""
+        from rdmaxfer import async_sending
+
+        deadline, holder = Deadline(timeout), Holder()
+        lent = self._lend(frame, holder)
+        sent_along = frame.metadata if metadata is None else metadata
+        if lent is None:
+            return await self.push_async(
+                frame.array, metadata=sent_along, captured_ns=frame.captured_ns, timeout=timeout
+            )
+        kind, pieces = lent
+        packed = encode_metadata(sent_along) if sent_along else b""
+        await self._alarm.checkpoint()
+        return await async_sending.send(self, kind, pieces, holder, packed, frame.captured_ns, deadline)
+
+    def _lend(self, frame: Frame, holder: Holder) -> tuple[FrameType, tuple[Piece, ...]] | None:
+        """What is to be sent of a received frame from where it lies, for as long as there is `holder`; None if that can't be."""
+        array, lease = frame.array, frame._lease
+        if lease is None or not array.nbytes or not self._can_send_from(lease.memory):
+            return None
         lease.lend(holder)
         address = int(array.__array_interface__["data"][0])
         with self._lock:
-            pieces = (Piece(self._source_of(memory), address, array.nbytes),)
-            return self._push(kind, pieces, holder, packed, frame.captured_ns, deadline)
+            return frame_type(array.shape, array.dtype), (Piece(self._source_of(lease.memory), address, array.nbytes),)
 
     @property
     def next_seq(self) -> int:

@@ -63,6 +63,7 @@ trap 'exit 143' TERM HUP
 # Packages first and one after the other: apt has one lock. What only downloads and compiles then goes on beside pip.
 install_requirements gcc g++   # g++: an example
 uml_ready='' vm_ready=''
+if has_stage uml || has_stage device; then need_packages --apt nftables iptables ufw --dnf nftables iptables-nft ufw; fi   # firewalls that are to be found
 need_uml=
 if has_stage uml || { has_stage torch && ! active_device >/dev/null; }; then need_uml=1; fi
 if [[ -n $need_uml ]]; then

@@ -53,11 +53,16 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError("this needs the package rich.", fix="pip install 'rdmaxfer[top]', or --json.") from None
     console = Console(width=None if sys.stdout.isatty() else max(120, shutil.get_terminal_size().columns))
     before = look()
-    if args.once:
-        time.sleep(args.every)
-        console.print(screen(rows(look(), before)))
-        return Exit.OK
-    with Live(screen(rows(before, {})), console=console, screen=sys.stdout.isatty(), auto_refresh=False) as live:
+    if args.once or not sys.stdout.isatty():  # into a file or a pipe: one after the other
+        while True:
+            time.sleep(args.every)
+            now = look()
+            console.print(screen(rows(now, before)))
+            if args.once:
+                return Exit.OK
+            sys.stdout.flush()
+            before = now
+    with Live(screen(rows(before, {})), console=console, screen=True, auto_refresh=False) as live:
         while True:
             time.sleep(args.every)
             now = look()

@@ -191,6 +191,42 @@ def test_a_push_that_is_cancelled_was_sent_to_nobody(run: Callable[..., Any]) ->
     run(main())
 
 
+def test_frames_are_forwarded_and_no_slot_is_lost_to_those_that_are_cancelled(run: Callable[..., Any]) -> None:
+    async def main() -> None:
+        async with Pair() as (source, first), Pair({"slots": 2}, {"slots": 2}) as (onward, last):
+            for seed in range(2):
+                await source.push_async(picture(seed), metadata={"seed": seed})
+                with await first.recv_async(TIMEOUT_S) as frame:
+                    assert await onward.forward_async(frame, timeout=TIMEOUT_S) == seed
+            await source.push_async(picture(2))
+            with await first.recv_async(TIMEOUT_S) as frame:  # no room for it
+                for _ in range(5):
+                    task = asyncio.ensure_future(onward.forward_async(frame))
+                    await soon(waiting(onward))
+                    task.cancel()
+                    with pytest.raises(asyncio.CancelledError):
+                        await task
+                    del task
+                with pytest.raises(TimeoutExpired):
+                    await onward.forward_async(frame, timeout=0.05)
+                for seed in range(2):
+                    with await last.recv_async(TIMEOUT_S) as arrived:
+                        assert arrived.array.tobytes() == picture(seed).tobytes()
+                        assert arrived.metadata == {"seed": seed}
+                assert await onward.forward_async(frame, metadata={"last": True}, timeout=TIMEOUT_S) == 2
+            with await last.recv_async(TIMEOUT_S) as arrived:
+                assert arrived.array.tobytes() == picture(2).tobytes()
+                assert arrived.metadata == {"last": True}
+            assert last.statistics().frames == 3
+            gc.collect()
+            await source.flush_async(TIMEOUT_S)  # all slots have come back
+            assert first.statistics().leased == 0
+            with pytest.raises(FrameReleased):
+                await onward.forward_async(arrived)
+
+    run(main())
+
+
 def test_no_slot_is_lost_to_cancelled_reservations(run: Callable[..., Any]) -> None:
     async def main() -> None:
         async with Pair(sender={"slots": 2}) as (tx, rx):

@@ -205,3 +205,76 @@ def test_something_else_listens_there() -> None:
 def test_names_that_are_not_known() -> None:
     found = doctor("--peer", "tcp://no-such-host.invalid:7471")
     assert "is not known" in of(found, "address", "failed")["detail"]
+
+
+# --- firewalls, in a network of their own -----------------------------------------------------------------------------
+
+CHAIN = "nft add table inet guard; nft add chain inet guard input '{ type filter hook input priority 0; policy %s; }'"
+RULE = "nft add rule inet guard input %s"
+# ufw keeps its rules in files, which are this machine's own
+UFW = "mkdir -p /tmp/ufw && cp -r /etc/ufw/. /tmp/ufw && mount --bind /tmp/ufw /etc/ufw && ufw --force enable"
+LOOK_MEND_LOOK = """
+import json, subprocess
+from rdmaxfer.cli.checks import firewall
+for look in (firewall.firewall, lambda: firewall._iptables(firewall.run)):
+    found = look()
+    print(json.dumps(found._asdict()))
+    if found.status == "warning":
+        subprocess.run(found.fix.rstrip(".").replace("sudo ", ""), shell=True, check=True, stdout=subprocess.DEVNULL)
+        print(json.dumps(look()._asdict()))
+"""
+
+
+@pytest.mark.parametrize(
+    ("rules", "by"),
+    [
+        (f"{CHAIN % 'accept'}; {RULE % 'udp dport 4791 drop'}", "nftables"),
+        (f"{CHAIN % 'accept'}; {RULE % 'udp dport 4000-5000 reject'}", "nftables"),
+        (f"{CHAIN % 'accept'}; {RULE % 'udp dport { 53, 4791 } counter log drop'}", "nftables"),
+        (f"{CHAIN % 'accept'}; {RULE % 'meta l4proto udp drop'}", "nftables"),
+        (f"{CHAIN % 'drop'}; {RULE % 'ct state established accept'}; {RULE % 'tcp dport 22 accept'}", "nftables"),
+        ("iptables -A INPUT -p udp --dport 4791 -j DROP", "iptables"),
+        ("iptables -A INPUT -p udp -m comment --comment 'no RoCE' -j REJECT", "iptables"),
+        ("iptables -A INPUT -i lo -j ACCEPT; iptables -A INPUT -j REJECT", "iptables"),
+        ("iptables -P INPUT DROP; iptables -A INPUT -p tcp --dport 22 -j ACCEPT", "iptables"),
+        (UFW, "ufw"),
+        (f"{UFW}; ufw allow 22/tcp; ufw deny 4791/udp", "ufw"),
+        (f"{UFW}; ufw deny 4000:5000/udp", "ufw"),
+    ],
+)
+def test_a_firewall_that_drops_roce(rules: str, by: str) -> None:
+    before, after, *by_iptables = looks(rules)
+    assert (before["status"], after["status"]) == ("warning", "ok"), (before, after)
+    assert before["fix"].startswith(f"sudo {'nft' if by == 'iptables' else by.removesuffix('tables')}"), before
+    if by == "iptables":  # both see it, and the first one has mended it
+        assert [each["status"] for each in by_iptables] == ["ok"]
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        f"{CHAIN % 'accept'}; {RULE % 'ct state invalid drop'}; {RULE % 'tcp dport 4791 drop'}",
+        f"{CHAIN % 'accept'}; {RULE % 'udp dport 4791 accept'}; {RULE % 'drop'}",
+        "iptables -A INPUT -m conntrack --ctstate INVALID -j DROP; iptables -A INPUT -p tcp -m multiport --dports 1,2 -j DROP",
+        "iptables -A INPUT -s 10.1.1.1 -j DROP; iptables -A INPUT -p udp --dport 53 -j DROP",
+        f"{UFW}; ufw allow 4791/udp",
+        f"{UFW}; ufw allow from 10.0.0.0/24",
+    ],
+)
+def test_a_firewall_that_lets_roce_in(rules: str) -> None:
+    first = looks(rules)[0]
+    assert first["status"] == "ok", first
+
+
+def looks(rules: str) -> Findings:
+    script = f"set -e; ({rules}) >/dev/null; {shlex.join([sys.executable, '-c', LOOK_MEND_LOOK])}"
+    done = subprocess.run(
+        ["unshare", "--net", "--mount", "bash", "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+        cwd="/",
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]

@@ -217,6 +217,10 @@ UDP_RANGE = {
         "right": {"set": [22, {"range": [4000, 5000]}]},
     }
 }
+ALL_UDP = {"match": {"op": "==", "left": {"meta": {"key": "l4proto"}}, "right": "udp"}}
+NFT_FIX = "sudo nft insert rule inet filter input udp dport 4791 accept."
+IPTABLES_FIX = "sudo iptables -I INPUT -p udp --dport 4791 -j ACCEPT."
+UFW_DENIES = "Status: active\nDefault: deny (incoming), allow (outgoing)\n\n"
 TCP_22 = {"match": {"op": "==", "left": {"payload": {"protocol": "tcp", "field": "dport"}}, "right": 22}}
 
 
@@ -248,33 +252,44 @@ def answers(**known: str) -> firewall.Run:
         ({}, "note", ""),
         ({"firewall_cmd": "not running\n"}, "note", ""),
         ({"ufw": "Status: inactive\n"}, "note", ""),
-        ({"ufw": "Status: active\n\n22/tcp  ALLOW  Anywhere\n"}, "warning", "sudo ufw allow 4791/udp."),
-        ({"ufw": "Status: active\n\n4791/udp  ALLOW  Anywhere\n"}, "ok", ""),
+        ({"ufw": f"{UFW_DENIES}22/tcp  ALLOW IN  Anywhere\n"}, "warning", "sudo ufw allow 4791/udp."),
+        ({"ufw": f"{UFW_DENIES}4791/udp  ALLOW IN  Anywhere\n"}, "ok", ""),
+        ({"ufw": f"{UFW_DENIES}4000:5000/udp  ALLOW IN  10.0.0.0/24\n"}, "ok", ""),
+        ({"ufw": f"{UFW_DENIES}Anywhere  ALLOW IN  10.0.0.0/24\n"}, "ok", ""),
+        ({"ufw": f"{UFW_DENIES}4791/udp  DENY IN  Anywhere\n"}, "warning", "sudo ufw allow 4791/udp."),
+        ({"ufw": f"{UFW_DENIES}4000:5000/udp  DENY IN  Anywhere\n"}, "warning", "sudo ufw insert 1 allow 4791/udp."),
+        ({"ufw": "Status: active\nDefault: allow (incoming), allow (outgoing)\n"}, "ok", ""),
         ({"nft": "not JSON"}, "note", ""),
         ({"nft": ruleset("accept")}, "ok", ""),
         ({"nft": ruleset("accept", [TCP_22, {"drop": None}])}, "ok", ""),
-        (
-            {"nft": ruleset("accept", [UDP_4791, {"drop": None}])},
-            "warning",
-            "sudo nft delete rule inet filter input handle 10.",
-        ),
-        ({"nft": ruleset("accept", [UDP_RANGE, {"reject": None}])}, "warning", "handle 10."),
+        ({"nft": ruleset("accept", [UDP_4791, {"drop": None}])}, "warning", NFT_FIX),
+        ({"nft": ruleset("accept", [UDP_RANGE, {"reject": None}])}, "warning", NFT_FIX),
+        ({"nft": ruleset("accept", [ALL_UDP, {"drop": None}])}, "warning", NFT_FIX),
         ({"nft": ruleset("accept", [UDP_4791, {"accept": None}], [UDP_RANGE, {"drop": None}])}, "ok", ""),
-        (
-            {"nft": ruleset("drop", [TCP_22, {"accept": None}])},
-            "warning",
-            "sudo nft insert rule inet filter input udp dport 4791 accept.",
-        ),
+        ({"nft": ruleset("drop", [TCP_22, {"accept": None}])}, "warning", NFT_FIX),
         ({"nft": ruleset("drop", [UDP_RANGE, {"accept": None}])}, "ok", ""),
-        ({"nft": ruleset("accept", [{"counter": None}, {"drop": None}])}, "warning", "handle 10."),
-        ({"iptables": "-P INPUT ACCEPT\n"}, "ok", ""),
-        ({"iptables": "-P INPUT DROP\n"}, "warning", "sudo iptables -I INPUT -p udp --dport 4791 -j ACCEPT."),
+        ({"nft": ruleset("accept", [{"counter": None}, {"drop": None}])}, "warning", NFT_FIX),
+        # What iptables has put there, and nft can't show
+        ({"nft": ruleset("accept", [{"xt": {"type": "match", "name": "conntrack"}}, {"drop": None}])}, "ok", ""),
+        ({"nft": ruleset("accept", [{"xt": {"type": "target", "name": "REJECT"}}])}, "warning", NFT_FIX),
         (
-            {"iptables": "-P INPUT ACCEPT\n-A INPUT -p udp -m udp --dport 4791 -j DROP\n"},
+            {"nft": ruleset("accept", [{"xt": {"type": "match", "name": "comment"}}, {"drop": None}])},
             "warning",
-            "-D INPUT -p udp -m udp",
+            NFT_FIX,
         ),
-        ({"iptables": "-P INPUT DROP\n-A INPUT -p udp -m udp --dport 4791 -j ACCEPT\n"}, "ok", ""),
+        ({"nft": ruleset("accept", [{"xt": None}, {"drop": None}])}, "ok", ""),
+        ({"nft": ruleset("accept", [{"limit": {"rate": 1}}, {"drop": None}])}, "ok", ""),
+        ({"iptables": "-P INPUT ACCEPT\n"}, "ok", ""),
+        ({"iptables": "-P INPUT DROP\n"}, "warning", IPTABLES_FIX),
+        ({"iptables": "-P INPUT ACCEPT\n-A INPUT -p udp -m udp --dport 4791 -j DROP\n"}, "warning", IPTABLES_FIX),
+        (
+            {"iptables": "-P INPUT ACCEPT\n-A INPUT -j REJECT --reject-with icmp-host-prohibited\n"},
+            "warning",
+            IPTABLES_FIX,
+        ),
+        ({"iptables": "-P INPUT ACCEPT\n-A INPUT -m conntrack --ctstate INVALID -j DROP\n"}, "ok", ""),
+        ({"iptables": "-P INPUT ACCEPT\n-A INPUT -p tcp -m tcp --dport 4791 -j DROP\n"}, "ok", ""),
+        ({"iptables": "-P INPUT DROP\n-A INPUT -p udp -m udp --dport 4000:5000 -j ACCEPT\n"}, "ok", ""),
     ],
 )
 def test_firewalls(known: dict[str, str], status: str, fix: str) -> None:
@@ -283,13 +298,17 @@ def test_firewalls(known: dict[str, str], status: str, fix: str) -> None:
     assert fix in found.fix
 
 
-@pytest.mark.parametrize(("is_open", "status"), [("yes", "ok"), ("no", "warning")])
-def test_firewalld(is_open: str, status: str) -> None:
-    found = firewall.firewall(
-        lambda program, *arguments: {("--state",): "running\n", ("--query-port=4791/udp",): f"{is_open}\n"}.get(
-            arguments
-        )
-    )
+@pytest.mark.parametrize(
+    ("is_open", "target", "status"),
+    [("yes", "default", "ok"), ("no", "ACCEPT", "ok"), ("no", "default", "warning"), ("no", "DROP", "warning")],
+)
+def test_firewalld(is_open: str, target: str, status: str) -> None:
+    says = {
+        "--state": "running\n",
+        "--query-port=4791/udp": f"{is_open}\n",
+        "--list-all": f"public (active)\n  target: {target}\n  ports: 22/tcp\n",
+    }
+    found = firewall.firewall(lambda program, *arguments: says.get(arguments[0]))
     assert found.status == status
     assert ("--add-port=4791/udp" in found.fix) is (status == "warning")
 

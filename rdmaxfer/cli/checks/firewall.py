@@ -7,8 +7,9 @@ followed: this finds what commonly is in the way, and does not prove that nothin
 from __future__ import annotations
 
 import json
+import re
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from rdmaxfer.cli.checks.finding import Check
@@ -40,7 +41,8 @@ def firewall(ask: Run = run) -> Check:
 def _firewalld(ask: Run) -> Check | None:
     if (ask("firewall-cmd", "--state") or "").strip() != "running":
         return None
-    if (ask("firewall-cmd", f"--query-port={ROCE_V2_PORT}/udp") or "").strip() == "yes":
+    is_open = (ask("firewall-cmd", f"--query-port={ROCE_V2_PORT}/udp") or "").strip() == "yes"
+    if is_open or re.search(r"^\s*target: ACCEPT$", ask("firewall-cmd", "--list-all") or "", re.MULTILINE):
         return _open("firewalld")
     return Check(
         NAME,
@@ -51,19 +53,25 @@ def _firewalld(ask: Run) -> Check | None:
 
 
 def _ufw(ask: Run) -> Check | None:
-    status = ask("ufw", "status") or ""
+    status = ask("ufw", "status", "verbose") or ""
     if "Status: active" not in status:
         return None
-    if any(
-        line.split()[:2] in ([f"{ROCE_V2_PORT}/udp", "ALLOW"], [str(ROCE_V2_PORT), "ALLOW"])
-        for line in status.splitlines()
-    ):
+    by_default = re.search(r"^Default: (\w+) \(incoming\)", status, re.MULTILINE)
+    verdict, command = (by_default[1].upper() if by_default else "DENY"), "allow"
+    for line in status.splitlines():  # the first rule about the port decides
+        rule = re.match(r"(?:(\d+)(?::(\d+))?(?:/udp)?|Anywhere)\s+(ALLOW|DENY|REJECT)\b", line)
+        if rule and (rule[1] is None or int(rule[1]) <= ROCE_V2_PORT <= int(rule[2] or rule[1])):
+            verdict = rule[3]
+            if rule[1] != str(ROCE_V2_PORT):  # that one `ufw allow` would change, and this one it would come after
+                command = "insert 1 allow"
+            break
+    if verdict == "ALLOW":
         return _open("ufw")
     return Check(
         NAME,
         "warning",
-        f"ufw is active and has no rule for UDP port {ROCE_V2_PORT}, by which RoCE comes from other machines",
-        f"sudo ufw allow {ROCE_V2_PORT}/udp.",
+        f"ufw is active and does not let in UDP port {ROCE_V2_PORT}, by which RoCE comes from other machines",
+        f"sudo ufw {command} {ROCE_V2_PORT}/udp.",
     )
 
 
@@ -83,21 +91,14 @@ def _nftables(ask: Run) -> Check | None:
     if not inputs:
         return None
     for place, policy in inputs.items():
-        verdict, handle = _verdict(item["rule"] for item in items if "rule" in item and _place(item["rule"]) == place)
-        family, table, name = place
-        if verdict == "drop":
+        rules = [item["rule"] for item in items if "rule" in item and _place(item["rule"]) == place]
+        verdict = next((found for rule in rules if (found := _verdict(rule.get("expr", [])))), policy)
+        if verdict != "accept":
+            family, table, name = place
             return Check(
                 NAME,
                 "warning",
-                f"a rule of nftables (table {family} {table}, chain {name}) drops UDP port {ROCE_V2_PORT}, by which RoCE comes",
-                f"sudo nft delete rule {family} {table} {name} handle {handle}.",
-            )
-        if verdict is None and policy == "drop":
-            return Check(
-                NAME,
-                "warning",
-                f"nftables (table {family} {table}, chain {name}) drops what comes in, and has no rule for UDP port "
-                f"{ROCE_V2_PORT}, by which RoCE comes",
+                f"nftables (table {family} {table}, chain {name}) drops UDP port {ROCE_V2_PORT}, by which RoCE comes",
                 f"sudo nft insert rule {family} {table} {name} udp dport {ROCE_V2_PORT} accept.",
             )
     return _open("nftables")
@@ -107,28 +108,41 @@ def _place(rule: dict[str, Any]) -> tuple[str, str, str]:
     return rule["family"], rule["table"], rule["chain"]
 
 
-def _verdict(rules: Iterator[dict[str, Any]]) -> tuple[str | None, int]:
-    """What the first rule about our port, or about all UDP ports or all packets, does."""
-    for rule in rules:
-        terms = rule.get("expr", [])
-        matches = [term["match"] for term in terms if "match" in term]
-        ends = {"accept", "drop", "reject"}.intersection(key for term in terms for key in term)
-        if not ends or not all(_matches(match) for match in matches):
-            continue
-        return ("accept" if "accept" in ends else "drop"), int(rule.get("handle", 0))
-    return None, 0
+def _verdict(terms: list[dict[str, Any]]) -> str | None:
+    """What a rule does with our packets: "accept" or "drop"; None if it is not about them, or it can't be told."""
+    verdict = None
+    for term in terms:
+        (kind,) = term
+        if kind == "match":
+            if not _matches(term["match"]):
+                return None
+        elif kind in ("accept", "drop", "reject"):
+            verdict = "accept" if kind == "accept" else "drop"
+        elif kind == "xt":  # by iptables
+            match term["xt"]:
+                case {"type": "match", "name": "comment"}:
+                    pass
+                case {"type": "target", "name": "REJECT" | "DROP"}:
+                    verdict = "drop"
+                case _:
+                    return None
+        elif kind not in ("counter", "log"):
+            return None
+    return verdict
 
 
 def _matches(match: dict[str, Any]) -> bool:
-    payload = match.get("left", {}).get("payload", {}) if isinstance(match.get("left"), dict) else {}
-    if (
-        match.get("op") not in ("==", "in")
-        or payload.get("protocol") not in ("udp", "th")
-        or payload.get("field") != "dport"
-    ):
+    """Whether a term is true of our packets whatever else is in them."""
+    left = match.get("left")
+    if match.get("op") not in ("==", "in") or not isinstance(left, dict):
         return False
+    payload = left.get("payload", {})
     right = match.get("right")
     values = right.get("set", [right]) if isinstance(right, dict) else [right]
+    if left.get("meta", {}).get("key") == "l4proto" or payload.get("field") in ("protocol", "nexthdr"):
+        return "udp" in values or 17 in values
+    if payload.get("protocol") not in ("udp", "th") or payload.get("field") != "dport":
+        return False
     for value in values:
         if isinstance(value, dict) and "range" in value:
             low, high = value["range"]
@@ -144,22 +158,28 @@ def _iptables(ask: Run) -> Check | None:
     if not text:
         return None
     lines = text.splitlines()
-    about = [line for line in lines if "-p udp" in line and f"--dport {ROCE_V2_PORT}" in line]
-    if about and "-j ACCEPT" not in about[0]:
-        return Check(
-            NAME,
-            "warning",
-            f"a rule of iptables drops UDP port {ROCE_V2_PORT}, by which RoCE comes",
-            f"sudo iptables {about[0].replace('-A ', '-D ', 1)}.",
-        )
-    if not about and "-P INPUT DROP" in lines:
-        return Check(
-            NAME,
-            "warning",
-            f"iptables drops what comes in, and has no rule for UDP port {ROCE_V2_PORT}, by which RoCE comes",
-            f"sudo iptables -I INPUT -p udp --dport {ROCE_V2_PORT} -j ACCEPT.",
-        )
-    return _open("iptables")
+    policy = "DROP" if "-P INPUT DROP" in lines else "ACCEPT"
+    verdict = next((found for line in lines if (found := _iptables_verdict(line))), policy)
+    if verdict == "ACCEPT":
+        return _open("iptables")
+    return Check(
+        NAME,
+        "warning",
+        f"iptables drops UDP port {ROCE_V2_PORT}, by which RoCE comes",
+        f"sudo iptables -I INPUT -p udp --dport {ROCE_V2_PORT} -j ACCEPT.",
+    )
+
+
+def _iptables_verdict(line: str) -> str | None:
+    """As `_verdict`, of a line of iptables(8): ACCEPT, DROP or REJECT."""
+    rule = re.fullmatch(
+        r"-A INPUT(?: -p udp(?: -m udp(?: --dport (\d+)(?::(\d+))?)?)?)?(?: -m comment --comment (?:\w+|\".*\"))?"
+        r" -j (ACCEPT|DROP|REJECT)(?: --reject-with \S+)?",
+        line,
+    )
+    if rule is None or (rule[1] and not int(rule[1]) <= ROCE_V2_PORT <= int(rule[2] or rule[1])):
+        return None
+    return rule[3]
 
 
 def _open(what: str) -> Check:
