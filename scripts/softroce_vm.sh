@@ -53,7 +53,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 cache=$(cache_dir)/vm
 # What the guest's kernel must load, in this order; what a kernel has built in, or lacks of the optional ones, is passed over.
 modules=(virtio_mmio virtio_pci virtio_console virtio_rng virtio_net 9pnet_virtio 9p dummy crc32_generic rdma_rxe)
-optional=(ib_uverbs rdma_ucm veth sch_netem nf_tables)
+optional=(ib_uverbs rdma_ucm veth sch_netem nf_tables vivid)
 
 install_tools() {
   [[ $(uname -m) == x86_64 ]] || die "only x86-64 machines are supported"

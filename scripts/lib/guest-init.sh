@@ -82,6 +82,7 @@ rdma link add rxe0 type rxe netdev "$netdev" || echo "rxe0 could not be made: th
 
 status=0
 (
+  export RDMAXFER_GUEST=$guest
   unset box file guest now siw node netdev card rw i place directory port readers out err rc tty
   . /run/box/environment
   export HOME=/tmp/home TMPDIR=/tmp

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import re
 import shlex
 import socket
 import subprocess
@@ -79,6 +81,32 @@ def test_a_port_that_is_down(device: SoftRoCE) -> None:
     assert "not ACTIVE" not in json.dumps(doctor("--device", device.name))
 
 
+def test_another_port_that_is_down_is_no_failure(device: SoftRoCE) -> None:
+    run("ip", "link", "set", device.netdev, "down")
+    bad = of(doctor(), PORT, "note")
+    assert "another port is" in bad["detail"]
+    do(bad["fix"].partition(": ")[2].rstrip("."))
+    fine(doctor("--device", device.name), PORT)
+
+
+def test_an_iwarp_device(device: SoftRoCE) -> None:
+    device.delete()
+    run("rdma", "link", "add", "siwtest", "type", "siw", "netdev", device.netdev)
+    try:
+        found = doctor()
+        fine(found, "a frame to ourselves")
+        assert "siwtest is an iWARP device" in of(found, "device", "note")["detail"]
+        bad = of(doctor("--device", "siwtest"), "device", "failed")
+        assert "`rdmaxfer devices`" in bad["fix"]
+    finally:
+        run("rdma", "link", "delete", "siwtest")
+
+
+def test_a_name_that_no_device_has(route: Route) -> None:
+    bad = of(doctor("--device", "mlx5_9"), "device", "failed")
+    assert f"there is no device 'mlx5_9', but {route.device}" in bad["detail"]
+
+
 def test_packets_that_are_small(device: SoftRoCE) -> None:
     run("ip", "link", "set", device.netdev, "mtu", "1500")
     bad = of(doctor("--device", device.name), PORT, "warning")
@@ -139,6 +167,42 @@ def test_a_provider_library_that_is_not_installed() -> None:
     missing = [each for each in found if "no provider library" in each["detail"]]
     assert missing, found
     assert "ibverbs-providers" in missing[0]["fix"] or "libibverbs" in missing[0]["fix"]
+
+
+def hidden(path: str) -> Findings:
+    """What it finds where this is not there."""
+    hide = f"mount -t tmpfs none {path}" if Path(path).is_dir() else f"mount --bind /dev/null {path}"
+    command = shlex.join([sys.executable, "-m", "rdmaxfer", "doctor", "--json"])
+    found = doctor_by(["unshare", "--mount", "bash", "-c", f"{hide} && {command}"])
+    assert not {"choice", "a frame to ourselves"}.intersection(each["name"] for each in found)
+    return found
+
+
+def test_device_files_that_a_container_was_not_given() -> None:
+    bad = of(hidden("/dev/infiniband"), "kernel", "failed")
+    assert "/dev/infiniband is not there" in bad["detail"]
+    assert "--device=/dev/infiniband" in bad["fix"]
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "fix"),
+    [
+        ("pyverbs", "pyverbs", "install the distribution's python3-pyverbs"),
+        ("rdmaxfer._verbs", "native core", "libibverbs-dev python3-dev"),
+        ("libibverbs.so.1", "libibverbs", "apt install libibverbs1"),
+    ],
+)
+def test_a_library_that_is_missing(module: str, name: str, fix: str) -> None:
+    if module.startswith("lib"):
+        import pyverbs.device  # noqa: F401 - it loads the library
+
+        path = re.findall(rf"\S+/{module}\S*$", Path("/proc/self/maps").read_text(), re.MULTILINE)[0]
+    else:
+        path = importlib.import_module(module).__file__ or ""
+    if path.endswith("__init__.py"):
+        path = str(Path(path).parent)
+    bad = of(hidden(path), name, "failed")
+    assert fix in bad["fix"], bad
 
 
 @pytest.mark.smoke

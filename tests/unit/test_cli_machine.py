@@ -96,7 +96,15 @@ def test_port_checks() -> None:
     local = Port(1, "ACTIVE", "ETHERNET", 4096, 1, 0, (gid(0, "fe80::1"),))
     assert statuses(hardware.port_checks(RXE, local)) == ["ok", "warning", "ok"]
     assert statuses(hardware.port_checks(RXE, Port(1, "ACTIVE", "ETHERNET", 4096, 1))) == ["ok", "failed", "ok"]
-    assert statuses(hardware.port_checks(RXE, Port(1, "DOWN", "INFINIBAND", 4096, 1))) == ["failed"]
+    down = Port(1, "DOWN", "INFINIBAND", 4096, 1)
+    assert statuses(hardware.port_checks(RXE, down)) == ["failed"]
+    assert statuses(hardware.port_checks(RXE, down, needed=False)) == ["note"]
+
+
+def test_the_address_that_is_proposed_is_of_a_network_that_is_free() -> None:
+    local = Port(1, "ACTIVE", "ETHERNET", 4096, 1, 0, (gid(0, "fe80::1"),))
+    (check,) = [each for each in hardware.port_checks(RXE, local, (RXE,)) if each.fix]
+    assert "192.168.78.1/24" in check.fix
 
 
 def test_presence_checks() -> None:
@@ -104,7 +112,8 @@ def test_presence_checks() -> None:
     assert statuses(hardware.presence((), [], None, HERE, nowhere)) == ["failed"]
     assert statuses(hardware.presence((RXE,), [], "mlx5_0", HERE, nowhere)) == ["failed"]
     bad = [Device("a", error="no rights"), Device("b", "IWARP"), RXE]
-    assert statuses(hardware.presence(tuple(bad), bad, None, HERE, nowhere)) == ["failed", "failed", "ok"]
+    assert statuses(hardware.presence(tuple(bad), bad, None, HERE, nowhere)) == ["warning", "note", "ok"]
+    assert statuses(hardware.presence(tuple(bad), bad[:2], "a", HERE, nowhere)) == ["failed", "failed"]
 
 
 def test_a_device_without_a_provider_library(tmp_path: Path) -> None:

@@ -30,14 +30,21 @@ def examine(wanted: dict[str, Any], ring_bytes: int) -> Iterator[Check]:
     devices = list_devices()
     named = [device for device in devices if wanted["device"] in (None, device.name)]
     yield from hardware.presence(devices, named, wanted["device"], here)
-    if any(counters.device_parent(device.name) for device in named):
+    ports = [
+        (device, port)
+        for device in named
+        if hardware.usable(device)
+        for port in device.ports
+        if wanted["port"] in (None, port.number)
+    ]
+    if any(counters.device_parent(device.name) for device, _ in ports):
         yield from software.rxe_bugs(release, here)
-    for device in named:
-        for port in device.ports:
-            yield from hardware.port_checks(device, port)
-    if any(port.link_layer == ETHERNET for device in named for port in device.ports):
+    one_is_active = any(port.active for _, port in ports)
+    for device, port in ports:
+        yield from hardware.port_checks(device, port, devices, needed=not one_is_active)
+    if any(port.link_layer == ETHERNET for _, port in ports):
         yield firewall.firewall()
-    if any(port.active for device in named for port in device.ports):
+    if one_is_active:
         yield from practice.practice(devices, wanted, ring_bytes)
 
 

@@ -31,27 +31,38 @@ def presence(
                 here.providers_fix(),
             )
     if not devices:
-        fix = "scripts/setup_softroce.sh up makes one in software (Soft-RoCE) on any network interface."
+        fix = "sudo scripts/setup_softroce.sh up makes one in software (Soft-RoCE) on any network interface."
         yield Check("device", "failed", "there is no RDMA device", fix)
     elif not named:
         there = ", ".join(device.name for device in devices)
         yield Check("device", "failed", f"there is no device {name!r}, but {there}", "name one of these, or none.")
+    unneeded = "warning" if any(map(usable, named)) else "failed"
     for device in named:
         if device.error:
             yield Check(
                 "device",
-                "failed",
+                unneeded,
                 f"{device.name} can't be opened: {device.error}",
                 f"check the rights on /dev/infiniband, and get the provider libraries: {here.providers_fix()}",
             )
         elif device.transport == "IWARP":
-            yield Check("device", "failed", f"{device.name} is an iWARP device", "rdmaxfer needs RoCE or InfiniBand.")
+            yield Check(
+                "device",
+                "note" if unneeded == "warning" else "failed",
+                f"{device.name} is an iWARP device, which rdmaxfer does not use",
+                "use one for RoCE or InfiniBand: `rdmaxfer devices` lists all, and sudo scripts/setup_softroce.sh up "
+                "makes one.",
+            )
         else:
             what = counters.driver(device.name, sysfs / "infiniband")
             providers = ", ".join(provider_libraries()) or "unknown"
             yield Check(
                 "device", "ok", f"{device.name} opens, transport {device.transport}; {what}; provider {providers}"
             )
+
+
+def usable(device: Device) -> bool:
+    return not device.error and device.transport != "IWARP"
 
 
 def provider_libraries(maps: Path = Path("/proc/self/maps")) -> list[str]:
@@ -65,7 +76,10 @@ def provider_libraries(maps: Path = Path("/proc/self/maps")) -> list[str]:
     )
 
 
-def port_checks(device: Device, port: Port, sysfs: Path = SYS) -> Iterator[Check]:
+def port_checks(
+    device: Device, port: Port, devices: tuple[Device, ...] = (), *, needed: bool = True, sysfs: Path = SYS
+) -> Iterator[Check]:
+    """`needed`: no other port is there instead. `devices`: all of this machine."""
     name = f"{device.name} port {port.number}"
     interfaces = sorted({interface(gid) for gid in port.gids} - {""})
     dev = interfaces[0] if interfaces else counters.device_parent(device.name, sysfs / "infiniband") or "DEV"
@@ -75,7 +89,15 @@ def port_checks(device: Device, port: Port, sysfs: Path = SYS) -> Iterator[Check
             if port.link_layer == ETHERNET
             else "plug the cable in, and run a subnet manager (opensm)."
         )
-        yield Check(name, "failed", f"its state is {port.state}, not ACTIVE", fix)
+        if needed:
+            yield Check(name, "failed", f"its state is {port.state}, not ACTIVE", fix)
+        else:
+            yield Check(
+                name,
+                "note",
+                f"its state is {port.state}, not ACTIVE, but another port is",
+                f"if it is to be used: {fix}",
+            )
         return
     yield Check(name, "ok", f"ACTIVE, {port.link_layer}")
     if port.link_layer == ETHERNET:
@@ -87,7 +109,7 @@ def port_checks(device: Device, port: Port, sysfs: Path = SYS) -> Iterator[Check
                 name,
                 "warning" if port.gids else "failed",
                 "it has no GID with an address that other machines can reach",
-                f"give {dev} an address: sudo ip addr add 192.168.77.1/24 dev {dev}.",
+                f"give {dev} an address: sudo ip addr add {free_address(devices)}/24 dev {dev}.",
             )
     if port.active_mtu >= FULL_MTU:
         yield Check(name, "ok", f"packets of {port.active_mtu} bytes")
@@ -100,6 +122,19 @@ def port_checks(device: Device, port: Port, sysfs: Path = SYS) -> Iterator[Check
             f"{_now(dev, sysfs)}."
         )
     yield Check(name, "warning", f"packets of only {port.active_mtu} bytes; {FULL_MTU} are faster", fix)
+
+
+def free_address(devices: tuple[Device, ...]) -> str:
+    """An address of a network that none of the devices is in."""
+    taken = {
+        str(gid.ip).rpartition(".")[0]
+        for device in devices
+        for port in device.ports
+        for gid in port.gids
+        if gid.ip.version == 4
+    }
+    networks = (f"192.168.{number}" for number in range(77, 256))
+    return next((f"{network}.1" for network in networks if network not in taken), "192.168.77.1")
 
 
 def _now(dev: str, sysfs: Path) -> str:

@@ -101,7 +101,8 @@ def kernel(here: Distribution, root: Path = ROOT) -> Iterator[Check]:
             "kernel",
             "failed",
             f"kernel {release} has Soft-RoCE (rdma_rxe), but no device was made",
-            "scripts/setup_softroce.sh up, or by hand: modprobe rdma_rxe && rdma link add rxe0 type rxe netdev DEV.",
+            "sudo scripts/setup_softroce.sh up, or by hand, over a network interface DEV: sudo modprobe rdma_rxe && sudo rdma link "
+            "add rxe0 type rxe netdev DEV.",
         )
     else:
         yield Check(
