@@ -74,7 +74,7 @@ kernel_under() {
     [[ -n $(find "$root/lib/modules/$version/" -name 'rdma_rxe.ko*' -print -quit) ]] || continue
     for image in "$root/boot/vmlinuz-$version" "$root/lib/modules/$version/vmlinuz"; do
       [[ -r $image ]] || continue   # Ubuntu's are readable by root only
-      printf '%s %s %s\n' "$image" "$root" "$version"
+      printf '%s %s %s\n' "$image" "${root:-/}" "$version"
       return
     done
   done
@@ -176,7 +176,7 @@ prepare_kernel() {
         compgen -G "$kernel/*-$name" >/dev/null && continue
         number=$((number + 1))
         decompress "$path" >"$kernel/$number-$name"
-      done < <(modprobe -d "${root:-/}" -S "$version" --show-depends "$name" 2>/dev/null || true)
+      done < <(modprobe -d "$root" -S "$version" --show-depends "$name" 2>/dev/null || true)
     done
     compgen -G "$kernel/*-rdma_rxe.ko" >/dev/null || die "the module rdma_rxe of $version could not be unpacked"
     rm -rf "$work"
