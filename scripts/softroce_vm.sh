@@ -74,7 +74,7 @@ kernel_under() {
     [[ -n $(find "$root/lib/modules/$version/" -name 'rdma_rxe.ko*' -print -quit) ]] || continue
     for image in "$root/boot/vmlinuz-$version" "$root/lib/modules/$version/vmlinuz"; do
       [[ -r $image ]] || continue   # Ubuntu's are readable by root only
-      printf '%s %s %s\n' "$image" "${root:-/}" "$version"
+      printf '%s %s %s\n' "$image" "$root" "$version"
       return
     done
   done
@@ -151,7 +151,7 @@ prepare_kernel() {
   mkdir -p "$cache"
   exec 9>"$cache/lock"
   flock 9
-  if found=$(kernel_under ""); then
+  if found=$(kernel_under /); then
     read -r image root version <<<"$found"
     kernel=$cache/host-$version-$key
   else

@@ -45,10 +45,10 @@ class Distribution(NamedTuple):
     def install(self, apt: str, dnf: str) -> str:
         """The command that installs a package: this distribution's, or both if it is unknown."""
         if self.family in ("debian", "ubuntu"):
-            return f"apt install {apt}"
+            return f"sudo apt install {apt}"
         if self.family == "redhat":
-            return f"dnf install {dnf}"
-        return f"apt install {apt} (Debian, Ubuntu), or dnf install {dnf} (CentOS, RHEL, Fedora)"
+            return f"sudo dnf install {dnf}"
+        return f"sudo apt install {apt} (Debian, Ubuntu), or sudo dnf install {dnf} (CentOS, RHEL, Fedora)"
 
     def providers_fix(self) -> str:
         return f"{self.install('ibverbs-providers rdma-core', 'rdma-core libibverbs')}."
@@ -65,13 +65,13 @@ class Distribution(NamedTuple):
         """How to get a kernel with Soft-RoCE."""
         virtual = "Where the kernel can't be changed (containers, CI): scripts/softroce_vm.sh boots one that has it."
         if self.family == "ubuntu":
-            return f"apt install linux-modules-extra-{release}. {virtual}"
+            return f"sudo apt install linux-modules-extra-{release}. {virtual}"
         if self.family == "debian":
             cloud = " (the -cloud kernel has none)" if "cloud" in release else ""
-            return f"apt install linux-image-amd64{cloud}, and reboot into it. {virtual}"
+            return f"sudo apt install linux-image-amd64{cloud}, and reboot into it. {virtual}"
         if self.family == "redhat":
             return (
-                f"dnf install kernel-modules-extra-{release}; RHEL 10 and its clones have none: use a kernel of ELRepo "
+                f"sudo dnf install kernel-modules-extra-{release}; RHEL 10 and its clones have none: use a kernel of ELRepo "
                 f"(kernel-ml). {virtual}"
             )
         return f"{self.install(f'linux-modules-extra-{release}', 'kernel-modules-extra')}. {virtual}"

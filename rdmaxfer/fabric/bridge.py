@@ -62,7 +62,7 @@ def _unavailable(error: ImportError) -> VerbsUnavailable:
     if isinstance(error, ModuleNotFoundError) and error.name == "pyverbs":
         return VerbsUnavailable(
             f"pyverbs is not importable by {python}.",
-            fix="apt install python3-pyverbs, or dnf install python3-pyverbs. It comes with the distribution's own "
+            fix="sudo apt install python3-pyverbs, or sudo dnf install python3-pyverbs. It comes with the distribution's own "
             "Python: a virtual environment sees it only if it was made with /usr/bin/python3 -m venv "
             "--system-site-packages.",
         )

@@ -27,7 +27,7 @@ def extension() -> Any:
         raise VerbsUnavailable(
             "rdmaxfer was installed without its native core (rdmaxfer._verbs): the headers of libibverbs, those of "
             "Python, or a C compiler were missing when it was built.",
-            fix="apt install gcc libibverbs-dev python3-dev, or dnf install gcc rdma-core-devel python3-devel; then "
+            fix="sudo apt install gcc libibverbs-dev python3-dev, or sudo dnf install gcc rdma-core-devel python3-devel; then "
             "reinstall rdmaxfer (pip install --force-reinstall --no-cache-dir).",
         ) from error
     except ImportError as error:
@@ -53,7 +53,7 @@ def library() -> Any:
                     )
                 raise VerbsUnavailable(
                     f"libibverbs could not be opened: {reason}.",
-                    fix="apt install libibverbs1 ibverbs-providers, or dnf install libibverbs rdma-core.",
+                    fix="sudo apt install libibverbs1 ibverbs-providers, or sudo dnf install libibverbs rdma-core.",
                 )
             _loaded[path] = handle
         return _loaded[path]

@@ -12,7 +12,8 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parents[2]
 MEMBERS = {
     "Sender": """bind connect connect_async wait_for_peers wait_for_peers_async push push_async push_many reserve reserve_async
-        register forward as_callback intake flush flush_async take_drops statistics links next_seq closed close close_async""",
+        register forward forward_async as_callback intake
+        flush flush_async take_drops statistics links next_seq closed close close_async""",
     "Receiver": """bind connect connect_async wait_for_peers wait_for_peers_async recv recv_async recv_many recv_many_async
         statistics links closed close close_async""",
     "Intake": "name slots slot_bytes frames error attached close",

@@ -121,7 +121,7 @@ def test_a_device_without_a_provider_library(tmp_path: Path) -> None:
     missing, _ = hardware.presence((), [], None, HERE, tmp_path)
     assert missing.status == "failed"
     assert "mlx5_0" in missing.detail
-    assert missing.fix == "apt install ibverbs-providers rdma-core."
+    assert missing.fix == "sudo apt install ibverbs-providers rdma-core."
     assert "mlx5_0" not in [each.detail for each in hardware.presence((RXE,), [RXE], "rxe0", HERE, tmp_path)]
 
 
@@ -133,6 +133,19 @@ def test_provider_libraries_are_those_that_are_loaded(tmp_path: Path) -> None:
         "7f04-7f05 r--p 0 00:00 1 /usr/lib/libmlx5.so.1.24.44.0\n7f06-7f07 r--p 0 00:00 1 /usr/lib/libc.so.6\n"
     )
     assert hardware.provider_libraries(maps) == ["libmlx5.so.1.24.44.0", "librxe-rdmav34.so"]
+
+
+def test_the_provider_of_a_device(tmp_path: Path) -> None:
+    loaded = ["libmlx5.so.1.24.44.0", "libmlx4.so.1.0.44.0", "librxe-rdmav34.so", "libirdma-rdmav34.so"]
+    for name in ("rocep1s0", "unknown"):
+        (tmp_path / "infiniband" / name / "device").mkdir(parents=True)
+    (tmp_path / "drivers/mlx5_core").mkdir(parents=True)
+    (tmp_path / "infiniband/rocep1s0/device/driver").symlink_to(tmp_path / "drivers/mlx5_core")
+    (tmp_path / "infiniband/rxe0").mkdir()
+    (tmp_path / "infiniband/rxe0/parent").write_text("eth0\n")
+    assert hardware.provider_of(Device("rxe0"), loaded, tmp_path) == ["librxe-rdmav34.so"]
+    assert hardware.provider_of(Device("rocep1s0"), loaded, tmp_path) == ["libmlx5.so.1.24.44.0"]
+    assert hardware.provider_of(Device("unknown"), loaded, tmp_path) == loaded
 
 
 @pytest.mark.parametrize(
@@ -179,9 +192,10 @@ def test_a_higher_limit_that_may_be_had_is_named(monkeypatch: pytest.MonkeyPatch
 )
 def test_huge_pages(text: str, status: str, fix: str, tmp_path: Path) -> None:
     (tmp_path / "meminfo").write_text(text)
-    found = memory.huge_pages(memory.ring_bytes(32, 1 << 20), tmp_path / "meminfo")
+    found = memory.huge_pages(memory.ring_bytes(32, 1 << 20), (5, 14), tmp_path / "meminfo")
     assert found.status == status
     assert fix in found.fix
+    assert "used from Linux 5.14 on" in memory.huge_pages(1 << 20, (5, 10), tmp_path / "meminfo").detail
 
 
 @pytest.mark.parametrize(

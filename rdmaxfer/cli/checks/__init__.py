@@ -22,7 +22,7 @@ def examine(wanted: dict[str, Any], ring_bytes: int) -> Iterator[Check]:
     for check in itertools.chain(software.libraries(), software.kernel(here), [memory.memlock(ring_bytes)]):
         basics.append(check)
         yield check
-    yield memory.huge_pages(ring_bytes)
+    yield memory.huge_pages(ring_bytes, software.version(release))
     yield software.fork(release)
     yield software.clock()
     if any(check.status == "failed" for check in basics if check.name != "locked memory"):

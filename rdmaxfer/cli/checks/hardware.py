@@ -55,7 +55,7 @@ def presence(
             )
         else:
             what = counters.driver(device.name, sysfs / "infiniband")
-            providers = ", ".join(provider_libraries()) or "unknown"
+            providers = ", ".join(provider_of(device, provider_libraries(), sysfs)) or "unknown"
             yield Check(
                 "device", "ok", f"{device.name} opens, transport {device.transport}; {what}; provider {providers}"
             )
@@ -74,6 +74,15 @@ def provider_libraries(maps: Path = Path("/proc/self/maps")) -> list[str]:
             )
         )
     )
+
+
+def provider_of(device: Device, libraries: list[str], sysfs: Path = SYS) -> list[str]:
+    """Which of them serves the device, by the name of its driver: old kernels make libibverbs load them all."""
+    folder = sysfs / "infiniband"
+    link = folder / device.name / "device" / "driver"
+    driver = "rxe" if counters.device_parent(device.name, folder) else link.resolve().name if link.exists() else ""
+    its = [each for each in libraries if re.split(r"-rdmav|\.so", each.removeprefix("lib"))[0] in driver]
+    return its or libraries
 
 
 def port_checks(

@@ -8,6 +8,8 @@ from pathlib import Path
 from rdmaxfer.cli.checks.finding import Check
 
 HEADER_BYTES = 8192
+FILLED_AT_ONCE = (5, 14)
+"""Since this release a program can make sure that huge pages are there before it uses them: MADV_POPULATE_WRITE, madvise(2)."""
 _CAP_IPC_LOCK = 14  # linux/capability.h
 
 
@@ -47,8 +49,14 @@ def may_lock_any_amount(status: Path = Path("/proc/self/status")) -> bool:
     return False
 
 
-def huge_pages(need_bytes: int, meminfo: Path = Path("/proc/meminfo")) -> Check:
+def huge_pages(need_bytes: int, release: tuple[int, int], meminfo: Path = Path("/proc/meminfo")) -> Check:
+    """`release`: the kernel's."""
     name = "huge pages"
+    if release < FILLED_AT_ONCE:
+        since = ".".join(map(str, FILLED_AT_ONCE))
+        return Check(
+            name, "note", f"used from Linux {since} on; large rings take longer to register without, and no more"
+        )
     values = {}
     for line in meminfo.read_text().splitlines():
         key, _, rest = line.partition(":")
