@@ -31,6 +31,8 @@ examples:
   rdmaxfer doctor --device rxe0 --slots 64 --slot-bytes 8M
   rdmaxfer doctor --json           for programs
 """
+NO_DEVICE = {"pyverbs", "libibverbs", "kernel", "device"}
+"""The checks without which there is no RDMA, but all else works."""
 MARKS = {"ok": "\u2713", "note": "i", "warning": "!", "failed": "\u2717"}
 PLAIN_MARKS = {"ok": "+", "note": "i", "warning": "!", "failed": "x"}
 
@@ -61,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps([check._asdict() for check in found], indent=2))
     failed = sum(check.status == "failed" for check in found)
     if not args.json:
-        print(f"\n{_verdict(args, failed)}")
+        print(f"\n{_verdict(args, found)}")
     return Exit.FAILED if failed else Exit.OK
 
 
@@ -74,9 +76,15 @@ def _examine(args: argparse.Namespace) -> Iterator[checks.Check]:
         )
 
 
-def _verdict(args: argparse.Namespace, failed: int) -> str:
-    if failed:
-        return "Repair what is marked, from the top down."
+def _verdict(args: argparse.Namespace, found: list[checks.Check]) -> str:
+    bad = {check.name for check in found if check.status == "failed"}
+    if bad:
+        advice = "Repair what is marked, from the top down."
+        if NO_DEVICE & bad and "native core" not in bad and args.device is None and args.peer is None:
+            advice += (
+                " Until then frames go by shared memory within this machine, and over TCP to others, which is slower."
+            )
+        return advice
     if args.peer is not None:
         return f"Everything that rdmaxfer needs is there, and frames reach {args.peer}."
     return "Everything that rdmaxfer needs is there."

@@ -79,6 +79,15 @@ def test_doctor_fails_if_a_check_does(
     assert first == {"name": "thing", "status": status, "detail": "so", "fix": "do this."}
 
 
+@pytest.mark.parametrize(("name", "told"), [("kernel", True), ("locked memory", False), ("native core", False)])
+def test_doctor_says_what_works_without_a_device(
+    name: str, told: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(checks, "examine", lambda wanted, ring: iter([Check(name, "failed", "so", "do this.")]))
+    assert main(["doctor"]) == 1
+    assert ("Until then frames go by shared memory" in capsys.readouterr().out) is told
+
+
 def test_a_missing_library_ends_the_examination_before_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> None:
         raise VerbsUnavailable("pyverbs is not importable.", fix="apt install python3-pyverbs.")
