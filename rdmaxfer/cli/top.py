@@ -35,6 +35,8 @@ examples:
 
 Known = dict[str, Any]
 
+PROGRAM_WIDTH = 48
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--once", action="store_true", help="look twice, print once, end")
@@ -97,7 +99,7 @@ HEADINGS = Row(
     "frames/s",
     "MB/s",
     "ring",
-    "latency ms: median, 99 %",
+    "latency ms: median, 99\u00a0%",
     "dropped, missed",
 )
 
@@ -146,7 +148,8 @@ def program(arguments: list[str]) -> str:
         return "python"
     first = Path(arguments[0])
     name = first.parent.name if first.name == "__main__.py" else first.name
-    return " ".join([name, *arguments[1:]])[:48]
+    text = " ".join([name, *arguments[1:]])
+    return text if len(text) <= PROGRAM_WIDTH else f"{text[: PROGRAM_WIDTH - 1]}\u2026"
 
 
 def number(value: float) -> str:

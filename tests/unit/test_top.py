@@ -37,6 +37,13 @@ def later(known: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return {**known, "at_s": known["at_s"] + 2, "statistics": {**known["statistics"], **changes}}
 
 
+def test_a_long_command_is_visibly_cut() -> None:
+    assert top.program(["/usr/bin/rdmaxfer", "send", "tcp://127.0.0.1:7471"]) == "rdmaxfer send tcp://127.0.0.1:7471"
+    cut = top.program(["/usr/bin/rdmaxfer", "send", "tcp://127.0.0.1:7471", "--pattern", "1080x1920:uint16"])
+    assert len(cut) == top.PROGRAM_WIDTH
+    assert cut.endswith("--pattern 10\u2026")
+
+
 def test_rates_are_those_since_the_look_before() -> None:
     latency = {"median_s": 0.001, "p99_s": 0.0123}
     row = top.row(later(RECEIVER, frames=140, bytes=9_000_000, push_to_recv=latency, missed=4), RECEIVER)
