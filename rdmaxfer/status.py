@@ -1,4 +1,4 @@
-"""What a Sender or Receiver says of itself to other processes of its user on this machine, such as `rdmaxfer top`.
+"""What a Sender or Receiver says of itself to other processes of its user, and to root, on this machine, such as `rdmaxfer top`.
 
 It listens at a socket in the kernel's abstract name space (unix(7)): nothing is left behind when the process ends, in whatever way,
 and it costs nothing as long as nobody asks. Who connects gets one JSON object, and the connection ends.
@@ -10,13 +10,16 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import secrets
 import socket
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import msgspec
 
 from rdmaxfer import credentials
 from rdmaxfer.waiting import PATIENCE_S
@@ -32,6 +35,48 @@ AGAIN_S = 1.0
 MAX_BYTES = 1 << 20
 MAX_LINKS = 100
 MAX_ARGUMENT = 200
+
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+
+
+class _Quantiles(msgspec.Struct):
+    median_s: float
+    p99_s: float
+
+
+class _Statistics(msgspec.Struct):
+    frames: Count
+    bytes: Count
+    reconnecting: Count
+    unreleased: Count = 0
+    leased: Count = 0
+    dropped: Count = 0
+    unheard: Count = 0
+    missed: Count = 0
+    push_to_recv: _Quantiles | None = None
+
+
+class _Link(msgspec.Struct):
+    peer: str
+    fabric: str
+
+
+class Told(msgspec.Struct):
+    """What has to be right in an answer: root asks other users' processes, too. There is more in it."""
+
+    pid: Count
+    role: Literal["sender", "receiver"]
+    program: list[str]
+    since_s: float
+    at_s: float
+    slots: Count
+    endpoints: list[str] = []
+    links: list[_Link] = []
+    statistics: _Statistics | None = None
+
+
+_TOLD = msgspec.json.Decoder(Told)
 
 
 class Status:
@@ -67,7 +112,7 @@ class Status:
         except OSError:  # too few descriptors; closed
             return False
         with connection, contextlib.suppress(OSError):
-            if credentials.peer(connection).uid == os.geteuid():
+            if credentials.peer(connection).uid in (0, os.geteuid()):
                 connection.setblocking(False)
                 connection.send(json.dumps(self._describe()).encode())  # it fits into the socket's buffer, or is cut
         return True
@@ -94,31 +139,36 @@ class Status:
         return known
 
 
-def find(uid: int | None = None, unix: Path = Path("/proc/net/unix")) -> Iterator[dict[str, Any]]:
-    """What all Senders and Receivers of a user (by default, this one) on this machine say of themselves. Those that don't answer
-    are left out."""
-    uid = os.geteuid() if uid is None else uid
-    begin = f"@{PREFIX}{uid}/"
-    names = {line.split()[-1] for line in unix.read_text(errors="replace").splitlines() if begin in line}
-    for name in sorted(names):
-        known = _ask(name, uid)
-        if known is not None:
-            yield known
+def find(unix: Path = Path("/proc/net/unix")) -> Iterator[dict[str, Any]]:
+    """What the Senders and Receivers of this user on this machine say of themselves, or of all users, if this is root. Those that
+    don't answer are left out."""
+    me = os.geteuid()
+    names = set(re.findall(rf"@({PREFIX}(\d+)/\S+)$", unix.read_text(errors="replace"), re.MULTILINE))
+    for name, owner in sorted(names):
+        uid = int(owner)
+        if me in (0, uid):
+            known = _ask(name, uid)
+            if known is not None:
+                yield {**known, "uid": uid}
 
 
 def _ask(name: str, uid: int) -> dict[str, Any] | None:
-    with contextlib.suppress(OSError, ValueError), socket.socket(socket.AF_UNIX) as connection:
+    with contextlib.suppress(OSError, ValueError, RecursionError), socket.socket(socket.AF_UNIX) as connection:
+        end_s = time.monotonic() + ANSWER_S
         connection.settimeout(ANSWER_S)
-        connection.connect("\0" + name.removeprefix("@"))
+        connection.connect(f"\0{name}")
         if credentials.peer(connection).uid != uid:  # anybody can take a name like ours
             return None
         parts: list[bytes] = []
         while part := connection.recv(1 << 16):
             parts.append(part)
-            if sum(map(len, parts)) > MAX_BYTES:
+            left_s = end_s - time.monotonic()
+            if left_s <= 0 or sum(map(len, parts)) > MAX_BYTES:
                 return None
-        found = json.loads(b"".join(parts))
-        return found if isinstance(found, dict) else None
+            connection.settimeout(left_s)
+        _TOLD.decode(b"".join(parts))  # raises a ValueError
+        answer: dict[str, Any] = json.loads(b"".join(parts))
+        return answer
     return None
 
 

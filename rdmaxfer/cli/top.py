@@ -1,10 +1,12 @@
-"""`rdmaxfer top`: what all Senders and Receivers of this user on this machine are doing."""
+"""`rdmaxfer top`: what all Senders and Receivers on this machine are doing."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import math
+import os
+import pwd
 import shutil
 import sys
 import time
@@ -21,8 +23,8 @@ if TYPE_CHECKING:
 
 HELP = "watch all senders and receivers on this machine"
 DESCRIPTION = """\
-Show all senders and receivers that run on this machine as this user: who they are connected with and by what, frames and
-megabytes a second, how full their rings are, how old frames are when they are taken, and what was dropped.
+Show all senders and receivers that run on this machine as this user (if that is root, as any): who they are connected with
+and by what, frames and megabytes a second, how full their rings are, how old frames are when they are taken, what was dropped.
 
 They say so themselves, when they are asked; nothing has to be switched on. Ctrl-C ends it.
 """
@@ -81,6 +83,7 @@ class Row(NamedTuple):
     """One sender or receiver, as text."""
 
     pid: str
+    user: str
     what: str
     program: str
     peers: str
@@ -93,6 +96,7 @@ class Row(NamedTuple):
 
 HEADINGS = Row(
     "PID",
+    "user",
     "is a",
     "program",
     "connected with, by",
@@ -111,7 +115,7 @@ def rows(now: dict[tuple[Any, ...], Known], before: dict[tuple[Any, ...], Known]
 
 def row(known: Known, earlier: Known | None) -> Row:
     found = known.get("statistics")
-    begin = (str(known["pid"]), str(known["role"]), printable(program(known["program"])))
+    begin = (str(known["pid"]), user(known["uid"]), str(known["role"]), printable(program(known["program"])))
     if found is None:
         return Row(*begin, "busy", "", "", "", "", "")
     frames = rate_MBps = math.nan
@@ -152,6 +156,13 @@ def program(arguments: list[str]) -> str:
     return text if len(text) <= PROGRAM_WIDTH else f"{text[: PROGRAM_WIDTH - 1]}\u2026"
 
 
+def user(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
 def number(value: float) -> str:
     if math.isnan(value):
         return ""
@@ -165,7 +176,7 @@ def screen(found: list[Row]) -> Table | Group:
 
     if not found:
         return Group(
-            Text("No sender or receiver of this user runs on this machine."),
+            Text("No sender or receiver runs on this machine" + (" as this user." if os.geteuid() else ".")),
             Text("Start one, for instance:  rdmaxfer recv tcp://0.0.0.0:7471"),
         )
     table = Table(expand=False)

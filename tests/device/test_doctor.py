@@ -271,6 +271,17 @@ def test_names_that_are_not_known() -> None:
     assert "is not known" in of(found, "address", "failed")["detail"]
 
 
+def test_an_address_to_which_no_way_leads(device: SoftRoCE) -> None:
+    endpoint = "tcp://203.0.113.9:7471"  # a network for documentation, RFC 5737
+    bad = of(doctor("--peer", endpoint), "address", "failed")
+    assert "no route to 203.0.113.9" in bad["detail"]
+    assert "`ip route get 203.0.113.9`" in bad["fix"]
+    run("ip", "route", "add", "203.0.113.0/24", "dev", device.netdev)
+    found = doctor("--peer", endpoint)
+    fine(found, "address")
+    assert "no answer from port 7471" in of(found, "TCP", "failed")["detail"]
+
+
 # --- firewalls, in a network of their own -----------------------------------------------------------------------------
 
 CHAIN = "nft add table inet guard; nft add chain inet guard input '{ type filter hook input priority 0; policy %s; }'"

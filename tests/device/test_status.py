@@ -12,6 +12,7 @@ import urllib.request
 from typing import Any
 
 import numpy as np
+import pytest
 from helpers import FABRIC, TIMEOUT_S, pair, picture, spawn, wait_until
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -145,6 +146,33 @@ def test_top_prints_them() -> None:
             "sender",
             "receiver",
         }
+
+
+AS_NOBODY = """
+import os, sys, rdmaxfer
+from rdmaxfer import status
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+with rdmaxfer.Receiver(fabric="tcp") as receiver:
+    receiver.bind("tcp://127.0.0.1:*")
+    print([each["pid"] for each in status.find()] == [os.getpid()], flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root sees other users'")
+def test_root_sees_all_users_and_others_their_own() -> None:
+    with (
+        pair(),
+        subprocess.Popen(
+            [sys.executable, "-c", AS_NOBODY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as nobody,
+    ):
+        try:
+            assert nobody.stdout is not None
+            assert nobody.stdout.readline() == "True\n"
+            assert {(nobody.pid, 65534), (os.getpid(), 0)} <= {(each["pid"], each["uid"]) for each in status.find()}
+        finally:
+            nobody.kill()
 
 
 def test_prometheus_reads_all_counters() -> None:

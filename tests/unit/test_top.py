@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import json
+import os
 import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pytest
 from rich.console import Console
 
 from rdmaxfer import status
@@ -15,6 +22,7 @@ from rdmaxfer.cli import main, top
 STATISTICS = {"frames": 100, "bytes": 1_000_000, "leased": 3, "missed": 0, "reconnecting": 0, "push_to_recv": None}
 RECEIVER: dict[str, Any] = {
     "pid": 7,
+    "uid": 2**31,
     "role": "receiver",
     "program": ["/x/venv/bin/rdmaxfer", "recv", "tcp://0.0.0.0:7471"],
     "since_s": 1.0,
@@ -48,7 +56,16 @@ def test_rates_are_those_since_the_look_before() -> None:
     latency = {"median_s": 0.001, "p99_s": 0.0123}
     row = top.row(later(RECEIVER, frames=140, bytes=9_000_000, push_to_recv=latency, missed=4), RECEIVER)
     assert row == top.Row(
-        "7", "receiver", "rdmaxfer recv tcp://0.0.0.0:7471", "camera/12 verbs", "20.0", "4.0", "3 of 16", "1, 12.3", "4"
+        "7",
+        str(2**31),
+        "receiver",
+        "rdmaxfer recv tcp://0.0.0.0:7471",
+        "camera/12 verbs",
+        "20.0",
+        "4.0",
+        "3 of 16",
+        "1, 12.3",
+        "4",
     )
     assert top.row(RECEIVER, None).frames == ""
 
@@ -86,17 +103,75 @@ def test_the_screen_is_a_table() -> None:
 
 
 def test_names_of_others_and_noise_are_passed_over(tmp_path: Path, capsys: Any) -> None:
-    mine = f"{status.PREFIX}{2**31}/1/x"  # of a user that is not this one
+    another = f"{status.PREFIX}{2**31}/1/x"  # of a user that is not this one
     with socket.socket(socket.AF_UNIX) as squatter:
-        squatter.bind(f"\0{mine}")
+        squatter.bind(f"\0{another}")
         squatter.listen()
         table = tmp_path / "unix"
         table.write_text(
             "Num       RefCount Protocol Flags    Type St Inode Path\n"
-            f"0000: 00000002 00000000 00010000 0001 01 1 @{mine}\n"
-            f"0000: 00000002 00000000 00010000 0001 01 2 @{status.PREFIX}{2**31}/2/gone\n"
+            f"0000: 00000002 00000000 00010000 0001 01 1 @{another}\n"
+            f"0000: 00000002 00000000 00010000 0001 01 2 @{status.PREFIX}{os.geteuid()}/2/gone\n"
             "0000: 00000002 00000000 00010000 0001 01 3 /run/systemd\n"
         )
-        assert list(status.find(2**31, table)) == []
+        assert list(status.find(table)) == []
     assert main(["top", "--json"]) == 0
     assert capsys.readouterr().out.startswith("[")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"{}",
+        b"[" * 100_000,
+        json.dumps({**RECEIVER, "pid": "1"}).encode(),
+        json.dumps({**RECEIVER, "role": "root"}).encode(),
+        json.dumps({**RECEIVER, "slots": 10**40}).encode(),
+        json.dumps({**RECEIVER, "links": [1]}).encode(),
+        json.dumps({**RECEIVER, "statistics": {"frames": 1}}).encode(),
+    ],
+    ids=range(10),
+)
+def test_answers_that_are_wrong_are_passed_over(answer: bytes, tmp_path: Path) -> None:
+    name = f"{status.PREFIX}{os.geteuid()}/1/{os.urandom(4).hex()}"
+    with socket.socket(socket.AF_UNIX) as liar:
+        liar.bind(f"\0{name}")
+        liar.listen()
+        table = tmp_path / "unix"
+        table.write_text(f"0000: 00000002 00000000 00010000 0001 01 1 @{name}\n")
+
+        def tell() -> None:
+            connection, _ = liar.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.sendall(answer)
+
+        with ThreadPoolExecutor(1) as pool:
+            told = pool.submit(tell)
+            assert list(status.find(table)) == []
+            told.result()
+
+
+def test_who_answers_byte_by_byte_is_not_waited_for(tmp_path: Path) -> None:
+    name = f"{status.PREFIX}{os.geteuid()}/1/{os.urandom(4).hex()}"
+    with socket.socket(socket.AF_UNIX) as slow:
+        slow.bind(f"\0{name}")
+        slow.listen()
+        table = tmp_path / "unix"
+        table.write_text(f"0000: 00000002 00000000 00010000 0001 01 1 @{name}\n")
+
+        def tell() -> None:
+            connection, _ = slow.accept()
+            with connection, contextlib.suppress(OSError):
+                while not pace.wait(0.01):
+                    connection.sendall(b" ")
+
+        pace = threading.Event()
+        with ThreadPoolExecutor(1) as pool:
+            told = pool.submit(tell)
+            began_s = time.monotonic()
+            assert list(status.find(table)) == []
+            assert time.monotonic() - began_s < 5 * status.ANSWER_S
+            told.result()
