@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 import urllib.request
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import rdmaxfer
 from rdmaxfer import metrics, status
+
+TOP = Path(__file__).parents[2]
 
 
 def mine() -> dict[str, dict[str, Any]]:
@@ -196,6 +200,7 @@ def test_prometheus_reads_all_counters() -> None:
         assert found["rdmaxfer_bytes_total", "sender"] == 1000
         assert found["rdmaxfer_peers", "sender"] == 1
         assert found["rdmaxfer_push_to_recv_seconds", "receiver 0.5"] > 0
-        names = {name for name, _ in found}
-        assert {"rdmaxfer_pinned_bytes", "rdmaxfer_dropped_total", "rdmaxfer_leased"} <= names
+        with_capture_times = {"rdmaxfer_capture_to_recv_seconds"}
+        documented = set(re.findall(r"`(rdmaxfer_\w+)`", (TOP / "docs/howto.md").read_text()))
+        assert {name for name, _ in found} | with_capture_times == documented
     assert read() == {}
