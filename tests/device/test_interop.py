@@ -146,6 +146,9 @@ with rdmaxfer.Receiver(slots=4) as rx, rdmaxfer.Sender(slots=4) as tx:
     tx.push(values)
     frame = rx.recv(timeout=60)
     here = frame.array.__array_interface__["data"][0]
+    by_dlpack = jax.dlpack.from_dlpack(frame)
+    print("DLPack:", by_dlpack.unsafe_buffer_pointer() == here, bool((by_dlpack == values).all()))
+    del by_dlpack
     array = jax.device_put(frame.array, may_alias=True)
     del frame
     gc.collect()
@@ -171,11 +174,13 @@ def test_jax() -> None:
         [sys.executable, "-c", JAX], capture_output=True, text=True, timeout=2 * TIMEOUT_S, check=False
     )
     assert done.returncode == 0, done.stderr
-    in_place, *rest = done.stdout.splitlines()
+    by_dlpack, in_place, *rest = done.stdout.splitlines()
     if "aligned: True" in in_place:  # XLA takes memory where it lies only then
         assert in_place == "in place: True aligned: True leased: 1"
+        assert by_dlpack == "DLPack: True True"
     else:
         assert FABRIC == "tcp"
+        assert by_dlpack.endswith("True")
     # The first push copies; so does the second one where memory of other processes can't be read.
     copied = 3 if FABRIC == "shm" else 2
     assert rest == ["sum: True", "leased: 0", "made: True", "made: True", f"copied: {copied}"]
