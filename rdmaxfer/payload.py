@@ -70,22 +70,26 @@ def _as_array(given: Any) -> AnyArray:
         return text
     # Of several ways any may be closed: DLPack to structures, `__array__` to a PyTorch that was built for another numpy.
     ways = [way for attribute, way in _WAYS if hasattr(given, attribute)] or [np.asanyarray]
-    errors = []
-    for way in ways:
-        try:
-            return way(given)
-        except (
-            AttributeError,
-            TypeError,
-            ValueError,
-            RuntimeError,
-            BufferError,
-        ) as error:  # as tensors with a gradient do
-            errors.append(error)
-    raise FrameError(
-        f"{type(given).__name__} can't be taken for an array: {'; '.join(map(str, errors))}",
-        fix="pass a numpy array, or what numpy.asarray takes, in this machine's own memory, like tensor.detach().cpu().",
-    ) from errors[-1]
+    messages, cause = [], None
+    try:
+        for way in ways:
+            try:
+                return way(given)
+            except (
+                AttributeError,
+                TypeError,
+                ValueError,
+                RuntimeError,
+                BufferError,
+            ) as error:  # as tensors with a gradient do
+                messages.append(str(error))
+                cause = error
+        raise FrameError(
+            f"{type(given).__name__} can't be taken for an array: {'; '.join(messages)}",
+            fix="pass a numpy array, or what numpy.asarray takes, in this machine's own memory, like tensor.detach().cpu().",
+        ) from cause
+    finally:
+        cause = None  # its traceback refers to `given`, which may be a frame, and its slot is to come back when it is forgotten
 
 
 def _by_dlpack(given: Any) -> AnyArray:

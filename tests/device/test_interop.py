@@ -60,6 +60,23 @@ def test_a_frame_is_pushed_on_as_an_array() -> None:
             assert again.array.tobytes() == picture(1).tobytes()
 
 
+def test_a_frame_that_dlpack_has_no_type_for_is_pushed_on_and_given_back() -> None:
+    rows = np.array([(1.5, 2), (2.5, 3)], dtype=[("x", "f8"), ("n", "i4")])
+    gc.collect()
+    gc.disable()  # its slot is to come back by itself
+    try:
+        with pair() as (tx, rx):
+            tx.push(rows, timeout=TIMEOUT_S)
+            frame = rx.recv(timeout=TIMEOUT_S)
+            tx.push(frame, timeout=TIMEOUT_S)
+            del frame
+            with rx.recv(timeout=TIMEOUT_S) as again:
+                assert again.array.tolist() == rows.tolist()
+            assert rx.statistics().leased == 0
+    finally:
+        gc.enable()
+
+
 def test_memory_of_another_library_is_sent_from_where_it_lies() -> None:
     array = np.arange(1 << 16, dtype="u1")
     view = np.from_dlpack(OnlyDLPack(array))

@@ -108,10 +108,12 @@ def _place(rule: dict[str, Any]) -> tuple[str, str, str]:
     return rule["family"], rule["table"], rule["chain"]
 
 
-def _verdict(terms: list[dict[str, Any]]) -> str | None:
+def _verdict(terms: list[Any]) -> str | None:
     """What a rule does with our packets: "accept" or "drop"; None if it is not about them, or it can't be told."""
     verdict = None
     for term in terms:
+        if not isinstance(term, dict) or len(term) != 1:
+            return None
         (kind,) = term
         if kind == "match":
             if not _matches(term["match"]):
