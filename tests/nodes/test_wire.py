@@ -40,7 +40,8 @@ FEW = 4
 def test_faults(bind: str, netem: tuple[str, ...], wire: Any, make_stream: MakeStream) -> None:
     wire.netem(*netem)
     frames = FRAMES // 3 if "reorder" in netem else FRAMES  # after each packet that is out of order, rxe repeats many
-    make_stream(bind, frames).arrives_whole()
+    stream = make_stream(bind, frames)
+    stream.arrives_whole()
     here, there = wire.counted()
     assert here["sent_pkts"] > 10 * frames
     more = there["rcvd_pkts"] - here["sent_pkts"]
@@ -57,7 +58,12 @@ def test_faults(bind: str, netem: tuple[str, ...], wire: Any, make_stream: MakeS
     if netem == LOST:
         assert more < -50
     if netem in ((), REORDERED):
-        assert abs(more) <= FEW
+        if stream.tx.statistics()["reconnects"]:
+            # Where the answers of a busy machine come late, rxe repeats, and the other rxe may refuse what begins in the middle of
+            # a write (IBV_WC_REM_INV_REQ_ERR). What is on its way to a queue pair that has gone is counted by one side only.
+            assert here["completer_retry_err"] > 0, "the connection broke, and not for what was repeated"
+        else:
+            assert abs(more) <= FEW
     if "reorder" in netem or "loss" in netem:
         assert there["out_of_seq_request"] > 10
     else:
