@@ -9,6 +9,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,32 @@ def test_names_of_others_and_noise_are_passed_over(tmp_path: Path, capsys: Any) 
     assert capsys.readouterr().out.startswith("[")
 
 
+@contextlib.contextmanager
+def telling(table: Path, tell: Callable[[socket.socket], None]) -> Iterator[None]:
+    """Somebody is in `table`, for status.find, and does this with the first who asks."""
+    name = f"{status.PREFIX}{os.geteuid()}/1/{os.urandom(4).hex()}"
+    table.write_text(f"0000: 00000002 00000000 00010000 0001 01 1 @{name}\n")
+
+    def serve() -> None:
+        connection, _ = listening.accept()
+        with connection, contextlib.suppress(OSError):
+            tell(connection)
+
+    with socket.socket(socket.AF_UNIX) as listening, ThreadPoolExecutor(1) as pool:
+        listening.bind(f"\0{name}")
+        listening.listen()
+        listening.settimeout(10)
+        told = pool.submit(serve)
+        yield
+        told.result()
+
+
+def test_a_right_answer_is_found_with_its_user(tmp_path: Path) -> None:
+    answer = {key: value for key, value in RECEIVER.items() if key != "uid"}
+    with telling(tmp_path / "unix", lambda connection: connection.sendall(json.dumps(answer).encode())):
+        assert list(status.find(tmp_path / "unix")) == [{**answer, "uid": os.geteuid()}]
+
+
 @pytest.mark.parametrize(
     "answer",
     [
@@ -136,42 +163,18 @@ def test_names_of_others_and_noise_are_passed_over(tmp_path: Path, capsys: Any) 
     ids=range(10),
 )
 def test_answers_that_are_wrong_are_passed_over(answer: bytes, tmp_path: Path) -> None:
-    name = f"{status.PREFIX}{os.geteuid()}/1/{os.urandom(4).hex()}"
-    with socket.socket(socket.AF_UNIX) as liar:
-        liar.bind(f"\0{name}")
-        liar.listen()
-        table = tmp_path / "unix"
-        table.write_text(f"0000: 00000002 00000000 00010000 0001 01 1 @{name}\n")
-
-        def tell() -> None:
-            connection, _ = liar.accept()
-            with connection, contextlib.suppress(OSError):
-                connection.sendall(answer)
-
-        with ThreadPoolExecutor(1) as pool:
-            told = pool.submit(tell)
-            assert list(status.find(table)) == []
-            told.result()
+    with telling(tmp_path / "unix", lambda connection: connection.sendall(answer)):
+        assert list(status.find(tmp_path / "unix")) == []
 
 
 def test_who_answers_byte_by_byte_is_not_waited_for(tmp_path: Path) -> None:
-    name = f"{status.PREFIX}{os.geteuid()}/1/{os.urandom(4).hex()}"
-    with socket.socket(socket.AF_UNIX) as slow:
-        slow.bind(f"\0{name}")
-        slow.listen()
-        table = tmp_path / "unix"
-        table.write_text(f"0000: 00000002 00000000 00010000 0001 01 1 @{name}\n")
+    pace = threading.Event()
 
-        def tell() -> None:
-            connection, _ = slow.accept()
-            with connection, contextlib.suppress(OSError):
-                while not pace.wait(0.01):
-                    connection.sendall(b" ")
+    def drip(connection: socket.socket) -> None:
+        while not pace.wait(0.01):
+            connection.sendall(b" ")
 
-        pace = threading.Event()
-        with ThreadPoolExecutor(1) as pool:
-            told = pool.submit(tell)
-            began_s = time.monotonic()
-            assert list(status.find(table)) == []
-            assert time.monotonic() - began_s < 5 * status.ANSWER_S
-            told.result()
+    with telling(tmp_path / "unix", drip):
+        began_s = time.monotonic()
+        assert list(status.find(tmp_path / "unix")) == []
+        assert time.monotonic() - began_s < 5 * status.ANSWER_S

@@ -44,9 +44,7 @@ def _firewalld(ask: Run) -> Check | None:
     is_open = (ask("firewall-cmd", f"--query-port={ROCE_V2_PORT}/udp") or "").strip() == "yes"
     if is_open or re.search(r"^\s*target: ACCEPT$", ask("firewall-cmd", "--list-all") or "", re.MULTILINE):
         return _open("firewalld")
-    return Check(
-        NAME,
-        "warning",
+    return _shut(
         f"firewalld is running and does not let in UDP port {ROCE_V2_PORT}, by which RoCE comes from other machines",
         f"sudo firewall-cmd --permanent --add-port={ROCE_V2_PORT}/udp && sudo firewall-cmd --reload.",
     )
@@ -67,9 +65,7 @@ def _ufw(ask: Run) -> Check | None:
             break
     if verdict == "ALLOW":
         return _open("ufw")
-    return Check(
-        NAME,
-        "warning",
+    return _shut(
         f"ufw is active and does not let in UDP port {ROCE_V2_PORT}, by which RoCE comes from other machines",
         f"sudo ufw {command} {ROCE_V2_PORT}/udp.",
     )
@@ -95,9 +91,7 @@ def _nftables(ask: Run) -> Check | None:
         verdict = next((found for rule in rules if (found := _verdict(rule.get("expr", [])))), policy)
         if verdict != "accept":
             family, table, name = place
-            return Check(
-                NAME,
-                "warning",
+            return _shut(
                 f"nftables (table {family} {table}, chain {name}) drops UDP port {ROCE_V2_PORT}, by which RoCE comes",
                 f"sudo nft insert rule {family} {table} {name} udp dport {ROCE_V2_PORT} accept.",
             )
@@ -164,9 +158,7 @@ def _iptables(ask: Run) -> Check | None:
     verdict = next((found for line in lines if (found := _iptables_verdict(line))), policy)
     if verdict == "ACCEPT":
         return _open("iptables")
-    return Check(
-        NAME,
-        "warning",
+    return _shut(
         f"iptables drops UDP port {ROCE_V2_PORT}, by which RoCE comes",
         f"sudo iptables -I INPUT -p udp --dport {ROCE_V2_PORT} -j ACCEPT.",
     )
@@ -186,3 +178,7 @@ def _iptables_verdict(line: str) -> str | None:
 
 def _open(what: str) -> Check:
     return Check(NAME, "ok", f"{what} has nothing against UDP port {ROCE_V2_PORT}, by which RoCE comes")
+
+
+def _shut(detail: str, fix: str) -> Check:
+    return Check(NAME, "warning", detail, fix)
