@@ -52,6 +52,7 @@ def pairs() -> list[object]:
 def test_every_block_says_how_it_is_run() -> None:
     assert len({block.page for block in of_language("python")}) >= 5
     assert [block for block in of_language("python") if block.kind not in ("run", "program")] == []
+    assert {block.name for block in of_language("python") if block.kind == "run"} == {"pair", "alone", "keys", "proxy"}
     assert {block.language for page in PAGES for block in blocks(page)} == {"", "python", "sh", "c", "ini"}
 
 
