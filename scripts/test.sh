@@ -8,12 +8,16 @@
 #   shm     tests of what every fabric must do, by shared memory: no device
 #   tcp     the same over TCP
 #   browser tests/browser: the page of `recv --view` in a real Chromium (not on Ubuntu, which has it as a snap only)
-#   device  every test marked "rdma", on a real device of this machine where there is one; else in
-#   uml     ... a User Mode Linux guest with Soft-RoCE, at this machine's speed (scripts/softroce_uml.sh), and
-#   vm      ... those also marked "smoke" on the distribution's own kernel in a virtual machine (scripts/softroce_vm.sh), and
-#   nodes   ... tests/nodes on two of them, on a wire that loses packets
+#   device  tests/device, on a real device of this machine where there is one; else in
+#   uml     ... a User Mode Linux guest with Soft-RoCE, at this machine's speed (scripts/softroce_uml.sh)
+#   faults  tests/faults, on that device, or in another such guest
+#   vm      those of both marked "smoke", on the distribution's own kernel in a virtual machine (scripts/softroce_vm.sh), and
+#   nodes   ... tests/nodes on two of them, on a wire that loses packets; neither where there is a real device
 #   torch   tests/tensors, with the distribution's PyTorch and numpy, on a device or in a User Mode Linux guest. Not of itself: PyTorch
 #           brings 120 packages (150 MB) to the system. CI=1 in the environment, or STAGES, asks for it
+#
+# They mostly wait: uml, faults and all the others go on side by side where there are 2 processors and 12 GB of memory. What a
+# stage prints is then shown when it has ended.
 #
 # Missing packages are installed (as root or by sudo; else the line to run is printed). The first run builds the User
 # Mode Linux kernel, which takes 4 to 6 minutes on 2 processors. A device test that finds no device fails; a stage in which no
@@ -43,40 +47,60 @@ detect_os /etc/os-release
 # shellcheck disable=SC2154 # set by detect_os
 if [[ $os_family == ubuntu ]] && ! command -v chromium google-chrome >/dev/null; then browser=(); fi
 if [[ -n ${STAGES:-} ]]; then read -r -a stages <<<"$STAGES"
-elif active_device >/dev/null; then stages=(host shm tcp "${browser[@]}" device)
-elif [[ -n $soak ]]; then stages=(host uml nodes)
-else stages=(host shm tcp "${browser[@]}" uml vm nodes); fi
+elif active_device >/dev/null; then stages=(host shm tcp "${browser[@]}" device faults)
+elif [[ -n $soak ]]; then stages=(host uml faults nodes)
+else stages=(host shm tcp "${browser[@]}" uml faults vm nodes); fi
 if [[ -z ${STAGES:-} && -z $soak && -n ${CI:-} ]]; then stages+=(torch); fi
 has_stage() { [[ " ${stages[*]} " == *" $1 "* ]]; }
+in_uml() { case $1 in uml) ;; faults | torch) ! active_device >/dev/null ;; *) false ;; esac; }
 
 results=$(mktemp -d)
-background=()
+background=()   # process groups
 clean_up() {
-  local job
-  for job in "${background[@]}"; do kill "$job" 2>/dev/null || true; done
+  local group
+  for group in "${background[@]}"; do kill -TERM -- "-$group" 2>/dev/null || true; done
+  wait
   rm -rf "$results"
 }
 trap clean_up EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM HUP
 
+# in_background COMMAND...: in a process group of its own, which clean_up ends as a whole.
+in_background() {
+  set -m
+  { set +m; "$@"; } </dev/null &
+  set +m
+  background+=("$!")
+}
+
+# make_kernel KIND WORD: leaves in KIND.made, for await_kernel, how it went.
+make_kernel() {
+  local status=0
+  "$here/softroce_$1.sh" "$2" || status=$?
+  echo "$status" >"$results/$1.new"
+  mv "$results/$1.new" "$results/$1.made"
+}
+await_kernel() {
+  until [[ -e $results/$1.made ]]; do sleep 1; done
+  [[ $(<"$results/$1.made") == 0 ]] || { say "the kernel of the guest is not there (see above)"; return 1; }
+}
+
 # Packages first and one after the other: apt has one lock. What only downloads and compiles then goes on beside pip.
 install_requirements gcc g++   # g++: an example
-uml_ready='' vm_ready=''
 if has_stage uml || has_stage device; then need_packages --apt nftables iptables ufw --dnf nftables iptables-nft ufw; fi   # firewalls that are to be found
-need_uml=
-if has_stage uml || { has_stage torch && ! active_device >/dev/null; }; then need_uml=1; fi
-if [[ -n $need_uml ]]; then
-  "$here/softroce_uml.sh" tools
-  "$here/softroce_uml.sh" build & uml_ready=$!
-  background+=("$uml_ready")
-fi
+for stage in "${stages[@]}"; do
+  if in_uml "$stage"; then
+    "$here/softroce_uml.sh" tools
+    in_background make_kernel uml build
+    break
+  fi
+done
 if has_stage browser && ! command -v chromium google-chrome >/dev/null; then need_packages --apt chromium --dnf chromium; fi
 if has_stage vm || has_stage nodes; then
   need_packages --apt nftables --dnf nftables
   "$here/softroce_vm.sh" tools
-  "$here/softroce_vm.sh" prepare & vm_ready=$!
-  background+=("$vm_ready")
+  in_background make_kernel vm prepare
 fi
 extras=test,demo
 if has_stage host; then extras+=,fuzz; fi
@@ -92,11 +116,8 @@ fi
 pytest=("$venv/bin/pytest" -c "$checkout/pyproject.toml" --rootdir "$checkout" -p no:cacheprovider)
 cd "$results"
 arguments=("$@")
-device_tests=("$checkout/tests/device")
-[[ -z $(find "$checkout/tests/faults" -name 'test_*.py' -print -quit 2>/dev/null) ]] || device_tests+=("$checkout/tests/faults")
 fabric_tests=("$checkout/tests/device" "$checkout"/tests/faults/test_{resume,killed,dead_peers,interrupts}.py)
-host_tests=("$checkout/tests/unit" "$checkout/tests/fuzz")
-[[ -z $(find "$checkout/tests/local" -name 'test_*.py' -print -quit 2>/dev/null) ]] || host_tests+=("$checkout/tests/local")
+host_tests=("$checkout/tests/unit" "$checkout/tests/fuzz" "$checkout/tests/local")
 
 # What is selected, and the seconds that a guest may take.
 only='' uml_s=3600 vm_s=900
@@ -105,35 +126,80 @@ if [[ -n $soak ]]; then
   only=' and (soak or counted)' uml_s=36000 vm_s=36000
 fi
 
+# on_device STAGE COMMAND...: on the device of this machine, or in a User Mode Linux guest.
+on_device() {
+  local stage=$1
+  shift
+  if ! in_uml "$stage"; then RDMAXFER_TEST_DEVICE=1 "$@"; return; fi
+  await_kernel uml || return
+  RDMAXFER_TEST_DEVICE=1 "$here/softroce_uml.sh" --rw "$results" --timeout "$uml_s" -- "$@"
+}
+
 run_stage() {
+  local junit="--junitxml=$results/$1.xml"
   case $1 in
-    host) "${pytest[@]}" "${host_tests[@]}" -m "not rdma$only" --junitxml="$results/host.xml" "${arguments[@]}" ;;
-    shm | tcp)
-      RDMAXFER_FABRIC=$1 "${pytest[@]}" "${fabric_tests[@]}" -m "fabric$only" --junitxml="$results/$1.xml" "${arguments[@]}" ;;
-    browser) "${pytest[@]}" "$checkout/tests/browser" --junitxml="$results/browser.xml" "${arguments[@]}" ;;
-    device) RDMAXFER_TEST_DEVICE=1 "${pytest[@]}" "${device_tests[@]}" -m "rdma$only" --junitxml="$results/device.xml" "${arguments[@]}" ;;
-    uml)
-      wait "$uml_ready" || { say "the User Mode Linux kernel is not there (see above)"; return 1; }
-      RDMAXFER_TEST_DEVICE=1 "$here/softroce_uml.sh" --rw "$results" --timeout "$uml_s" -- \
-        "${pytest[@]}" "${device_tests[@]}" -m "rdma$only" --junitxml="$results/uml.xml" "${arguments[@]}" ;;
+    host) "${pytest[@]}" "${host_tests[@]}" -m "not rdma$only" "$junit" "${arguments[@]}" ;;
+    shm | tcp) RDMAXFER_FABRIC=$1 "${pytest[@]}" "${fabric_tests[@]}" -m "fabric$only" "$junit" "${arguments[@]}" ;;
+    browser) "${pytest[@]}" "$checkout/tests/browser" "$junit" "${arguments[@]}" ;;
+    device | uml) on_device "$1" "${pytest[@]}" "$checkout/tests/device" -m "rdma$only" "$junit" "${arguments[@]}" ;;
+    faults) on_device faults "${pytest[@]}" "$checkout/tests/faults" -m "rdma$only" "$junit" "${arguments[@]}" ;;
     vm)
-      wait "$vm_ready" || { say "the virtual machine's kernel is not there (see above)"; return 1; }
+      await_kernel vm || return
       # Emulated, everything takes 20 to 50 times as long: no test is to be called stuck for that.
       RDMAXFER_TEST_DEVICE=1 "$here/softroce_vm.sh" --rw "$results" --timeout "$vm_s" -- \
-        "${pytest[@]}" "${device_tests[@]}" -m "rdma and smoke$only" -o timeout=600 --junitxml="$results/vm.xml" "${arguments[@]}" ;;
+        "${pytest[@]}" "$checkout/tests/device" "$checkout/tests/faults" -m "rdma and smoke$only" -o timeout=600 "$junit" "${arguments[@]}" ;;
     nodes)
-      wait "$vm_ready" || { say "the virtual machine's kernel is not there (see above)"; return 1; }
+      await_kernel vm || return
       # Two CPUs each, though one is faster here: Linux 6.1's rxe can keep one busy for ever, and then nothing else runs on it.
       "$here/softroce_vm.sh" --nodes 2 --cpus 2 --rw "$results" --timeout 1200 -- \
         bash "$checkout/tests/nodes/run.sh" "$venv/bin/python" \
-        "${pytest[@]}" "$checkout/tests/nodes" -m nodes -o timeout=300 --junitxml="$results/nodes.xml" "${arguments[@]}" ;;
-    torch)
-      local torch_pytest=("$torch_venv/bin/pytest" "${pytest[@]:1}" "$checkout/tests/tensors" -m "rdma$only" --junitxml="$results/torch.xml" "${arguments[@]}")
-      if [[ -z $need_uml ]]; then RDMAXFER_TEST_DEVICE=1 "${torch_pytest[@]}"; return; fi
-      wait "$uml_ready" || { say "the User Mode Linux kernel is not there (see above)"; return 1; }
-      RDMAXFER_TEST_DEVICE=1 "$here/softroce_uml.sh" --rw "$results" --timeout 900 -- "${torch_pytest[@]}" ;;
+        "${pytest[@]}" "$checkout/tests/nodes" -m nodes -o timeout=300 "$junit" "${arguments[@]}" ;;
+    torch) on_device torch "$torch_venv/bin/pytest" "${pytest[@]:1}" "$checkout/tests/tensors" -m "rdma$only" "$junit" "${arguments[@]}" ;;
     *) say "no stage is called $1"; return 2 ;;
   esac
+}
+
+# run_lane STAGE...: one stage after the other; of each, its exit status and seconds are left in a file.
+run_lane() {
+  local stage start status
+  for stage in "$@"; do
+    start=$SECONDS status=0
+    if [[ -n $side_by_side ]]; then
+      run_stage "$stage" >"$results/$stage.log" 2>&1 || status=$?
+    else
+      printf '\n===== %s =====\n' "$stage"
+      run_stage "$stage" || status=$?
+    fi
+    echo "$status $((SECONDS - start))" >"$results/$stage.new"
+    mv "$results/$stage.new" "$results/$stage.ended"
+  done
+}
+
+# What stages that go on side by side have printed, as they end, and now and then how far they are.
+show_lanes() {
+  local remaining=("${stages[@]}") now stage line next=$((SECONDS + 60)) running=1
+  while ((${#remaining[@]} && running)); do
+    sleep 1
+    running=$(jobs -rp | wc -l)   # before the files are looked at
+    now=("${remaining[@]}") remaining=() line=
+    for stage in "${now[@]}"; do
+      if [[ -e $results/$stage.ended ]]; then
+        printf '\n===== %s =====\n' "$stage"
+        cat "$results/$stage.log"
+        continue
+      fi
+      remaining+=("$stage")
+      [[ ! -e $results/$stage.log ]] || line+=" $stage $(grep -aoE '\[ *[0-9]+%\]' "$results/$stage.log" | tail -n 1 || true)"
+    done
+    if ((SECONDS >= next && ${#remaining[@]})); then
+      say "after $SECONDS s:$line"
+      next=$((SECONDS + 60))
+    fi
+  done
+  for stage in "${remaining[@]}"; do
+    say "$stage did not run to its end: something else has stopped it"
+    echo "143 0" >"$results/$stage.ended"
+  done
 }
 
 # Prints "RAN FAILED SKIPPED" of a junit file; RAN counts what neither was skipped nor failed before it began.
@@ -150,11 +216,25 @@ print(len(cases) - skipped, failed, skipped)
 PY
 }
 
+side_by_side=
+if (($(nproc) > 1 && ${#stages[@]} > 1 && $(awk '/^MemAvailable/ {print $2}' /proc/meminfo) > 12000000)); then side_by_side=1; fi
+if [[ -n $side_by_side ]]; then
+  others=()
+  for stage in "${stages[@]}"; do
+    case $stage in
+      uml | faults) if in_uml "$stage"; then in_background run_lane "$stage"; else others+=("$stage"); fi ;;
+      *) others+=("$stage") ;;
+    esac
+  done
+  in_background run_lane "${others[@]}"
+  show_lanes
+else
+  run_lane "${stages[@]}"
+fi
+
 failed=() summary=()
 for stage in "${stages[@]}"; do
-  printf '\n===== %s =====\n' "$stage"
-  start=$SECONDS status=0
-  run_stage "$stage" || status=$?
+  read -r status seconds <"$results/$stage.ended"
   read -r ran bad skipped <<<"$(counts "$results/$stage.xml")"
   verdict=passed
   if ((status != 0)); then verdict="FAILED (exit status $status)"; fi
@@ -162,7 +242,7 @@ for stage in "${stages[@]}"; do
   [[ $verdict == passed ]] || failed+=("$stage")
   kind="tests"
   case $stage in host | shm | tcp | browser) ;; *) kind="rdma tests" ;; esac
-  summary+=("$(printf '%-7s %4d %-10s ran, %d failed, %d skipped, %d s: %s' "$stage" "$ran" "$kind" "$bad" "$skipped" $((SECONDS - start)) "$verdict")")
+  summary+=("$(printf '%-7s %4d %-10s ran, %d failed, %d skipped, %d s: %s' "$stage" "$ran" "$kind" "$bad" "$skipped" "$seconds" "$verdict")")
 done
 
 printf '\n===== summary =====\n'
