@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import subprocess
 
+from helpers import TIMEOUT_S
+
 ADDRESS = "10.97.31.1"
 OTHER_ADDRESS = "10.97.44.9"
 
 
 def run(*command: str) -> None:
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=30)
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=TIMEOUT_S)
 
 
 class SoftRoCE:

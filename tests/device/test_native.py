@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import pytest
+from helpers import TIMEOUT_S
 
 from rdmaxfer.cm.messages import MAX_QUEUE_PAIRS
 from rdmaxfer.errors import ClosedError, NoDevice, VerbsError, VerbsUnavailable
@@ -553,7 +554,7 @@ print("parent unharmed")
 @pytest.mark.parametrize("way", ["sys.exit", "os._exit"])
 def test_a_forked_child_can_not_harm_its_parent(route: Route, way: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", FORKING, way], capture_output=True, text=True, timeout=50
+        [sys.executable, "-W", "error", "-c", FORKING, way], capture_output=True, text=True, timeout=TIMEOUT_S
     )
     assert (done.stdout, done.stderr) == ("parent unharmed\n", "")
 
