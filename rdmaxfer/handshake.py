@@ -235,7 +235,10 @@ class Connector(Generic[L, S]):
         )
 
     def outcome(self) -> bool | None:
-        """True once connected, None while under way; raises what ended the attempt. With the node's lock held."""
+        """True once connected, also if the connection has broken again since; None while under way; raises what ended the attempt.
+        With the node's lock held."""
+        if self._link.connected:
+            return True
         if self._error is not None:
             raise self._error
         if self._stream.unwanted and self._link.state is LinkState.OPENING:

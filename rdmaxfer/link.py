@@ -74,6 +74,8 @@ class Link:
         self.endpoint = endpoint
         self.state = LinkState.OPENING
         self.error: RdmaxferError | None = None
+        self.connected = False
+        """Whether frames could flow at some time: from then on, how it ends is its stream's business."""
         self.reason = ""
         """Why this fabric, device and GID were chosen."""
         self.final = False

@@ -597,7 +597,7 @@ class Node(Generic[L, S]):
             stream: S = link.stream
             if link.state is LinkState.OPENING and not self._closing and stream.link is None:
                 link.endpoint.start()
-                link.state = LinkState.READY
+                link.state, link.connected = LinkState.READY, True
                 stream.link, stream.peer = link, link.peer
                 stream.latest = link
                 before = self._streams.get(stream.id)

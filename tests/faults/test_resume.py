@@ -10,6 +10,7 @@ import pytest
 from helpers import FABRIC, TIMEOUT_S, Background, pair, picture, wait_until
 
 import rdmaxfer
+from rdmaxfer.handshake import Connector
 
 SLOTS = 8
 OPTIONS = {"slots": SLOTS, "lease_s": 1.0}
@@ -73,6 +74,31 @@ def test_a_stream_goes_on_over_another_connection(bind: str, side: str) -> None:
         assert rx.statistics().missed == 0
         assert rx.statistics().frames == 500
         assert tx.statistics().peers_lost == rx.statistics().peers_lost == 0
+
+
+@BINDS
+def test_a_connection_that_breaks_before_connect_has_noticed_it_is_made_again(
+    bind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a busy machine, where the thread that connects is held up."""
+    notice = Connector.outcome
+    broken: list[Any] = []
+
+    def outcome(connector: Any) -> bool | None:
+        if not broken and connector.link.live:
+            connector.link.fail(rdmaxfer.PeerLost("the test broke it"))
+            broken.append(connector.link)
+            return None
+        return notice(connector)
+
+    monkeypatch.setattr(Connector, "outcome", outcome)
+    with resuming(bind) as (tx, rx):
+        assert broken
+        push(tx, 4)
+        take(rx, 0, 4)
+        tx.flush(timeout=TIMEOUT_S)
+        assert tx.statistics().peers_lost == rx.statistics().peers_lost == 0
+        assert (tx if bind == "receiver" else rx).statistics().reconnects == 1
 
 
 @BINDS
