@@ -36,6 +36,10 @@ DEFAULT_MAX_SESSIONS: Final = 256
 DEFAULT_HANDSHAKE_TIMEOUT_S: Final = 10.0
 
 
+LATE_S: Final = 0.2
+"""A thread that is so late was held up."""
+
+
 class Later:
     """A call that waits for its time; `cancel` it from the control thread, or from any other."""
 
@@ -280,7 +284,9 @@ class Control:
     def _loop(self) -> None:
         leaving = False
         while True:
-            events = dict(self._poller.poll(self._poll_ms()))
+            due_s = self._due_s()
+            events = dict(self._poller.poll(_poll_ms(due_s)))
+            began_s = min(due_s, monotonic_s())
             if self._wake_fd in events:
                 os.eventfd_read(self._wake_fd)
             # What has arrived comes before what has run out: a thread that was held up must not find its peers dead.
@@ -309,28 +315,30 @@ class Control:
                 self._leave()
             self._run_later()
             now_s = monotonic_s()
+            late = now_s - began_s > LATE_S
             for server in self._servers:
+                if late:
+                    server.sessions.on_late(now_s)
                 server.sessions.on_tick(now_s)
             for client in self._clients:
+                if late:
+                    client.session.on_late(now_s)
                 client.session.on_tick(now_s)
             self._flush()
             if leaving and (not self._clients or monotonic_s() >= (self._close_by_s or 0.0)):
                 return
 
-    def _poll_ms(self) -> int:
+    def _due_s(self) -> float:
+        """When there is something to do, whatever may come."""
         if any(channel.busy for channel in self._servers):
-            return 0
+            return monotonic_s()
         deadlines = [channel.sessions.next_deadline() for channel in self._servers]
         deadlines += [channel.session.next_deadline() for channel in self._clients]
         if self._later:
             deadlines.append(self._later[0][0])
         if self._closing:
             deadlines.append(self._close_by_s)
-        due = min((deadline for deadline in deadlines if deadline is not None), default=None)
-        if due is None:
-            return -1
-        # Rounded up: a poll that ends a little too early would be followed by many of no length.
-        return int(max(0.0, min(3600.0, due - monotonic_s())) * 1000) + 1 if due > monotonic_s() else 0
+        return min((deadline for deadline in deadlines if deadline is not None), default=math.inf)
 
     def _run_calls(self) -> None:
         # Only what is there now: calls that beget calls must not keep the loop from its sockets.
@@ -390,3 +398,11 @@ class Control:
         self._context.destroy(linger=0)
         if errors:
             raise errors[0]
+
+
+def _poll_ms(due_s: float) -> int:
+    if math.isinf(due_s):
+        return -1
+    # Rounded up: a poll that ends a little too early would be followed by many of no length.
+    left_s = due_s - monotonic_s()
+    return int(min(3600.0, left_s) * 1000) + 1 if left_s > 0 else 0

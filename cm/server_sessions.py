@@ -37,7 +37,7 @@ from rdmaxfer.cm.messages import (
     encode,
     peek,
 )
-from rdmaxfer.cm.states import REPLIES, SERVER, ServerState
+from rdmaxfer.cm.states import RENEWALS_A_LEASE, REPLIES, SERVER, ServerState
 from rdmaxfer.errors import LocalProtocolError, RdmaxferError, RemoteProtocolError
 
 MAX_REMEMBERED = 1024
@@ -90,6 +90,8 @@ class _Session:
     hello: Hello
     lease_s: float
     deadline_s: float
+    spared: bool = False
+    """Whether `on_late` has let it live, and it was not heard of since."""
     state: ServerState = ServerState.NEW
     request: int = 0
     digest: bytes = b""
@@ -188,6 +190,13 @@ class ServerSessions:
             else:
                 text = f"the peer was accepted, but was not ready within {self._handshake_timeout_s:g} s"
             self._end(session, text, "broken")
+
+    def on_late(self, now_s: float) -> None:
+        """This side was held up, and maybe all of its machine, with the peers on it: they get a third of a lease to be heard of."""
+        for session in self._sessions.values():
+            if session.state is ServerState.STARTED and not session.spared and session.deadline_s <= now_s:
+                session.spared = True
+                session.deadline_s = now_s + session.lease_s / RENEWALS_A_LEASE
 
     def next_deadline(self) -> float | None:
         """When `on_tick` has something to do; None if there is nothing to wait for."""
@@ -339,6 +348,7 @@ class ServerSessions:
     def _heard(self, session: _Session, now_s: float) -> None:
         if session.state is ServerState.STARTED:
             session.deadline_s = now_s + session.lease_s
+            session.spared = False
 
     def _done(self, session: _Session, message: Message, data: bytes, reply: Message) -> bytes:
         """A request had its effect: note it, return the reply."""

@@ -4,6 +4,8 @@ reconnecting, and clocks that are set. (With reconnecting: test_stopped_resume.p
 from __future__ import annotations
 
 import contextlib
+import os
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -112,6 +114,22 @@ def test_a_process_that_stands_still_for_less_than_the_lease_goes_on(kind: str, 
             other.stop()
             threading.Event().wait(SHORT_STOP_S)  # this is the fault
             other.go_on()
+            here.goes_on()
+        assert node.statistics().peers_lost == node.statistics().reconnects == 0
+        both_agree(here, other, kind)
+
+
+@pytest.mark.verbs  # a terminal would take this process for one that the user has stopped
+@BINDS
+@pytest.mark.parametrize("kind", ["sender", "receiver"])
+def test_both_sides_that_stand_still_at_a_time_go_on(kind: str, bind: str) -> None:
+    """As a machine that was paused: neither may take the time in which it could not look for the other one's silence."""
+    with stream(kind, bind, options(LEASE_S)) as (node, here, other):
+        for _ in range(3):
+            both = f"{os.getpid()} {other.process.pid}"
+            subprocess.run(["sh", "-c", f"kill -STOP {both}; sleep {2.5 * LEASE_S}; kill -CONT {both}"], check=True)
+            here.goes_on()
+            threading.Event().wait(LEASE_S * 1.5)  # in which a lease that was not renewed would end
             here.goes_on()
         assert node.statistics().peers_lost == node.statistics().reconnects == 0
         both_agree(here, other, kind)

@@ -589,6 +589,57 @@ def test_the_lease_counts_from_when_the_answered_request_was_sent() -> None:
     assert isinstance(world.client_handler.ends[0], PeerLost)
 
 
+def test_who_was_held_up_asks_once_more_before_a_peer_is_dead() -> None:
+    world = World()
+    world.connect()
+    server, client = world.server, world.client
+    assert server is not None
+    now_s = world.now + 100 * LEASE_S
+    for side in (server, client):
+        side.on_late(now_s)
+        side.on_tick(now_s)
+    renew = client.outgoing()
+    assert renew is not None, "it is asked at once"
+    client.on_reply(server.on_request(renew, "", now_s + 0.01), now_s + 0.02)
+    for side in (server, client):
+        side.on_tick(now_s + 0.9 * LEASE_S)
+    assert client.state is ClientState.CONNECTED
+    assert world.client_handler.ends == []
+    assert world.server_handler.gone_ones == []
+
+
+def test_who_is_held_up_again_and_again_finds_a_dead_peer_nevertheless() -> None:
+    world = World()
+    world.connect()
+    server, client = world.server, world.client
+    assert server is not None
+    now_s = world.now + LEASE_S
+    for side in (server, client):
+        side.on_late(now_s)
+        side.on_tick(now_s)
+        side.on_tick(now_s + LEASE_S / 3 - 0.01)
+    assert client.state is ClientState.CONNECTED
+    assert world.server_handler.open
+    now_s += LEASE_S / 3
+    for side in (server, client):
+        side.on_late(now_s)
+        side.on_tick(now_s)
+    assert isinstance(world.client_handler.ends[0], PeerLost)
+    assert not world.server_handler.open
+
+
+def test_who_is_late_does_not_shorten_a_lease() -> None:
+    world = World()
+    world.connect()
+    server, client = world.server, world.client
+    assert server is not None
+    for side in (server, client):
+        side.on_late(world.now)
+        side.on_tick(world.now + 0.9 * LEASE_S)
+    assert client.state is ClientState.CONNECTED
+    assert world.server_handler.open
+
+
 def test_a_peer_that_is_far_away_is_given_the_time_that_it_took_before() -> None:
     world = World()
     world.client.start(world.now)
