@@ -12,8 +12,8 @@ times, or not at all.
 - Who is not heard of is dead. The bound side counts from when it last received something; the connecting side from when
   it *sent* the last request that was answered, which was earlier. So of two sides that lost sight of each other it is
   always the connecting one that gives up first, and a bound side never serves a peer for longer than its lease.
-- But a side that was itself held up, by more than it takes to be late, does not judge by that time: it waits for a third of the
-  lease more, once, since all of the machine may have stood still.
+- But a side that was held up itself does not judge by that time: it waits for a third of the lease more, once, since all of the
+  machine may have stood still. Then either may be the first.
 """
 
 from __future__ import annotations
