@@ -33,15 +33,7 @@ from rdmaxfer.cm.messages import (
     decode,
     encode,
 )
-from rdmaxfer.cm.states import (
-    CLIENT,
-    FATAL_TO_RESIZE,
-    FORGOTTEN,
-    RENEWALS_A_LEASE,
-    REPLIES,
-    ClientEvent,
-    ClientState,
-)
+from rdmaxfer.cm.states import CLIENT, FATAL_TO_RESIZE, FORGOTTEN, REPLIES, ClientEvent, ClientState
 from rdmaxfer.errors import (
     ConnectTimeout,
     LocalProtocolError,
@@ -53,6 +45,7 @@ from rdmaxfer.errors import (
 
 BYE_TIMEOUT_S = 1.0
 """How long BYE is repeated after an error."""
+RENEWALS_A_LEASE = 3
 RETRIES_A_LEASE = 6
 RETRY_AT_LEAST = 3
 """At least so often in a lease a request is repeated."""
@@ -123,7 +116,7 @@ class ClientSession:
         """How long the last answer took."""
         self._alive_s = 0.0
         self._spared = False
-        """Whether `on_late` has let the peer live, and it was not heard of since."""
+        """Whether `on_late` has let the peer live, and it has not answered since."""
         self._deadline_s = 0.0
         self._resizes: deque[Resize] = deque()
         self._busy = ""
@@ -187,11 +180,13 @@ class ClientSession:
             self._send(now_s)
 
     def on_late(self, now_s: float) -> None:
-        """This side was held up, and maybe all of its machine, with the peer: what would end now is asked once more."""
-        lives_on_s = now_s - self.lease_s + self.lease_s / RENEWALS_A_LEASE
-        if self.state is ClientState.CONNECTED and not self._spared and self._alive_s < lives_on_s:
+        """This side was held up, and maybe all of its machine, with the peer, which is asked once more before it is dead."""
+        if self.state is ClientState.CONNECTED and not self._spared and now_s >= self._alive_s + self.lease_s:
             self._spared = True
-            self._alive_s = lives_on_s
+            self._alive_s = now_s - self.lease_s / RENEWALS_A_LEASE
+            if self._awaited is not None:
+                self._asked_s = now_s
+                self._send(now_s)
 
     def on_reply(self, data: bytes, now_s: float) -> None:
         """Take what the peer sent. What is wrong with it ends the session and goes to the handler: never raises."""

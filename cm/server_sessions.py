@@ -37,7 +37,7 @@ from rdmaxfer.cm.messages import (
     encode,
     peek,
 )
-from rdmaxfer.cm.states import RENEWALS_A_LEASE, REPLIES, SERVER, ServerState
+from rdmaxfer.cm.states import REPLIES, SERVER, ServerState
 from rdmaxfer.errors import LocalProtocolError, RdmaxferError, RemoteProtocolError
 
 MAX_REMEMBERED = 1024
@@ -192,11 +192,11 @@ class ServerSessions:
             self._end(session, text, "broken")
 
     def on_late(self, now_s: float) -> None:
-        """This side was held up, and maybe all of its machine, with the peers on it: they get a third of a lease to be heard of."""
+        """This side was held up, and maybe all of its machine, with the peers on it: they get another lease to be heard of."""
         for session in self._sessions.values():
             if session.state is ServerState.STARTED and not session.spared and session.deadline_s <= now_s:
                 session.spared = True
-                session.deadline_s = now_s + session.lease_s / RENEWALS_A_LEASE
+                session.deadline_s = now_s + session.lease_s
 
     def next_deadline(self) -> float | None:
         """When `on_tick` has something to do; None if there is nothing to wait for."""

@@ -12,8 +12,8 @@ times, or not at all.
 - Who is not heard of is dead. The bound side counts from when it last received something; the connecting side from when
   it *sent* the last request that was answered, which was earlier. So of two sides that lost sight of each other it is
   always the connecting one that gives up first, and a bound side never serves a peer for longer than its lease.
-- But a side that was held up itself does not judge by that time: it waits for a third of the lease more, once, since all of the
-  machine may have stood still. Then either may be the first.
+- But a side that was held up itself does not judge by the time in which it could not look, since all of the machine may have
+  stood still: the lease begins anew then, once.
 """
 
 from __future__ import annotations
@@ -44,9 +44,6 @@ REPLIES: Final[dict[type[Message], type[Message]]] = {
     Bye: Gone,
 }
 """What answers what, if it is not refused."""
-
-RENEWALS_A_LEASE: Final = 3
-"""How often the connecting side says that it is there."""
 
 
 # --- the bound side --------------------------------------------------------------------------------------------------

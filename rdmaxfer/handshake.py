@@ -235,15 +235,14 @@ class Connector(Generic[L, S]):
         )
 
     def outcome(self) -> bool | None:
-        """True once connected, also if the connection has broken again since; None while under way; raises what ended the attempt.
-        With the node's lock held."""
-        if self._link.connected:
-            return True
+        """True once connected, also if that has broken again and is to be made again; None while under way; raises what ended the
+        attempt. With the node's lock held."""
         if self._error is not None:
             raise self._error
         if self._stream.unwanted and self._link.state is LinkState.OPENING:
             raise ClosedError("connecting was given up.")
-        if self._link.state is LinkState.FAILED and self._link.error is not None:
+        goes_on = self._link.connected and self._link.comes_back
+        if self._link.state is LinkState.FAILED and self._link.error is not None and not goes_on:
             raise self._link.error
         return None if self._link.state is LinkState.OPENING else True
 

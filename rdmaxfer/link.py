@@ -75,7 +75,7 @@ class Link:
         self.state = LinkState.OPENING
         self.error: RdmaxferError | None = None
         self.connected = False
-        """Whether frames could flow at some time: from then on, how it ends is its stream's business."""
+        """Whether frames could flow at some time."""
         self.reason = ""
         """Why this fabric, device and GID were chosen."""
         self.final = False
@@ -99,6 +99,11 @@ class Link:
     @property
     def live(self) -> bool:
         return self.state is LinkState.READY
+
+    @property
+    def comes_back(self) -> bool:
+        """Whether its stream is to have another connection after what it has failed of."""
+        return bool(self.stream.reconnect_s) and not self.final and isinstance(self.error, PeerLost)
 
     def fail(self, error: RdmaxferError) -> None:
         """The link is broken; the first error counts."""

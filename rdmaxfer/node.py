@@ -696,7 +696,7 @@ class Node(Generic[L, S]):
         if stream.link is not link:
             return
         stream.link = None
-        if stream.reconnect_s and not link.final and isinstance(error, PeerLost) and not self._closing:
+        if link.comes_back and isinstance(error, PeerLost) and not self._closing:
             self._await(stream, error)
         else:
             self._end_stream(stream, error)

@@ -76,11 +76,9 @@ def test_a_stream_goes_on_over_another_connection(bind: str, side: str) -> None:
         assert tx.statistics().peers_lost == rx.statistics().peers_lost == 0
 
 
-@BINDS
-def test_a_connection_that_breaks_before_connect_has_noticed_it_is_made_again(
-    bind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As on a busy machine, where the thread that connects is held up."""
+@pytest.fixture
+def breaks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first connection breaks before the thread that connects has noticed that there is one: it was held up."""
     notice = Connector.outcome
     broken: list[Any] = []
 
@@ -92,13 +90,24 @@ def test_a_connection_that_breaks_before_connect_has_noticed_it_is_made_again(
         return notice(connector)
 
     monkeypatch.setattr(Connector, "outcome", outcome)
+
+
+@BINDS
+@pytest.mark.usefixtures("breaks_at_once")
+def test_a_connection_that_breaks_before_connect_has_noticed_it_is_made_again(bind: str) -> None:
     with resuming(bind) as (tx, rx):
-        assert broken
         push(tx, 4)
         take(rx, 0, 4)
         tx.flush(timeout=TIMEOUT_S)
         assert tx.statistics().peers_lost == rx.statistics().peers_lost == 0
         assert (tx if bind == "receiver" else rx).statistics().reconnects == 1
+
+
+@BINDS
+@pytest.mark.usefixtures("breaks_at_once")
+def test_connect_tells_of_a_connection_that_broke_and_is_not_made_again(bind: str) -> None:
+    with pytest.raises(rdmaxfer.PeerLost, match="the test broke it"), resuming(bind, reconnect=False):
+        pass
 
 
 @BINDS

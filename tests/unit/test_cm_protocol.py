@@ -608,23 +608,45 @@ def test_who_was_held_up_asks_once_more_before_a_peer_is_dead() -> None:
     assert world.server_handler.gone_ones == []
 
 
+def test_who_was_held_up_before_the_answer_came_repeats_the_question() -> None:
+    world = World()
+    world.connect()
+    server, client = world.server, world.client
+    assert server is not None
+    client.on_tick(world.now + LEASE_S / 3)
+    renew = client.outgoing()
+    assert renew is not None
+    answer = server.on_request(renew, "", world.now + LEASE_S / 3)
+    now_s = world.now + 100 * LEASE_S
+    for side in (server, client):
+        side.on_late(now_s)
+        side.on_tick(now_s)
+    assert client.outgoing() == renew, "it is repeated at once"
+    client.on_reply(answer, now_s + 0.1)  # the one to the first question, which had been on its way
+    for side in (server, client):
+        side.on_tick(now_s + 0.3)
+    assert client.state is ClientState.CONNECTED
+    assert world.client_handler.ends == []
+    assert world.server_handler.open
+
+
 def test_who_is_held_up_again_and_again_finds_a_dead_peer_nevertheless() -> None:
     world = World()
     world.connect()
     server, client = world.server, world.client
     assert server is not None
-    now_s = world.now + LEASE_S
-    for side in (server, client):
-        side.on_late(now_s)
-        side.on_tick(now_s)
-        side.on_tick(now_s + LEASE_S / 3 - 0.01)
+    held_up_s = world.now + 2 * LEASE_S
+    for part in (0.0, 0.3, 0.6):
+        for side in (server, client):
+            side.on_late(held_up_s + part * LEASE_S)
+            side.on_tick(held_up_s + part * LEASE_S)
     assert client.state is ClientState.CONNECTED
-    assert world.server_handler.open
-    now_s += LEASE_S / 3
-    for side in (server, client):
-        side.on_late(now_s)
-        side.on_tick(now_s)
+    client.on_late(held_up_s + 0.7 * LEASE_S)
+    client.on_tick(held_up_s + 0.7 * LEASE_S)
     assert isinstance(world.client_handler.ends[0], PeerLost)
+    assert world.server_handler.open, "the connecting side is the first"
+    server.on_late(held_up_s + LEASE_S)
+    server.on_tick(held_up_s + LEASE_S)
     assert not world.server_handler.open
 
 
