@@ -384,6 +384,14 @@ class Receiver(Node[RecvLink, RecvStream]):
         with self._lock:
             self._pinned_bytes -= nbytes
 
+    def _began(self, stream: RecvStream) -> None:
+        # What was released since HELLO, which said what was until then: the sender may wait for just that.
+        link = stream.link
+        if link is not None:
+            link.give_credit()
+            if link.credit_kept and not self._ticking:
+                self._tick_later()
+
     def _tick_later(self) -> None:
         """See to it that credit is not kept for long. With the lock held."""
         if self._control is not None and not self._closing:

@@ -111,6 +111,28 @@ def test_connect_tells_of_a_connection_that_broke_and_is_not_made_again(bind: st
 
 
 @BINDS
+def test_what_is_released_while_the_connection_is_being_made_again_gives_room(
+    bind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the message that says what was released and the moment from which on credit can be given."""
+    with resuming(bind) as (tx, rx):
+        push(tx, SLOTS)
+        held = [rx.recv(timeout=TIMEOUT_S) for _ in range(SLOTS)]
+        activate = rx.activate
+
+        def late(link: Any) -> None:
+            while held:
+                held.pop().release()
+            activate(link)
+
+        monkeypatch.setattr(rx, "activate", late)
+        break_link(tx)
+        push(tx, 1, timeout=10)
+        take(rx, SLOTS, SLOTS + 1)
+        assert not held
+
+
+@BINDS
 def test_frames_that_are_held_meanwhile_stay_and_count(bind: str) -> None:
     with resuming(bind) as (tx, rx):
         push(tx, SLOTS - 2)
