@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import FABRIC, TIMEOUT_S, Background, pair, picture
+from helpers import FABRIC, TIMEOUT_S, Background, pair, picture, wait_until
 
 import rdmaxfer
 from rdmaxfer.fabric import devices
@@ -254,6 +254,9 @@ def test_a_receiver_that_comes_late_gets_what_is_pushed_from_then_on() -> None:
         assert [seq for seq, _ in take(early, 2)] == [0, 1]
         assert [seq for seq, _ in take(late, 1)] == [1]
         late.close()
+        wait_until(
+            lambda: tx.statistics().peers == 1, "the sender has seen the goodbye"
+        )  # else it may get frame 2, too
         tx.push(picture(2), timeout=TIMEOUT_S)
         assert [seq for seq, _ in take(early, 1)] == [2]
 
