@@ -104,6 +104,7 @@ class SendStream(Stream[SendLink]):
         return (
             link is not None
             and link.live
+            and not link.leaving
             and nbytes <= link.slot_bytes
             and self.ring.outstanding < self._window
             and link.can_push(nbytes)

@@ -861,12 +861,13 @@ class Sender(Node[SendLink, SendStream]):
         are too small."""
         if not self._losses:
             self._pump_all()  # after which there may be fewer
-        if self._losses or not self._streams:
+        # Who has said goodbye gets nothing more, also while the last of what it sent is still to come.
+        streams = [each for each in self._streams.values() if each.link is None or not each.link.leaving]
+        if self._losses or not streams:
             self._check_connected()
             if self._bound_policies and "block" not in self._bound_policies and not self._opening:
                 return []  # nobody listens, and nobody asked to be waited for
             return None
-        streams = list(self._streams.values())
         for stream in streams:
             if stream.link is not None and nbytes > stream.link.slot_bytes:
                 self._grow(stream.link, nbytes)

@@ -82,8 +82,9 @@ make_kernel() {
   mv "$results/$1.new" "$results/$1.made"
 }
 await_kernel() {
-  until [[ -e $results/$1.made ]]; do sleep 1; done
-  [[ $(<"$results/$1.made") == 0 ]] || { say "the kernel of the guest is not there (see above)"; return 1; }
+  local by=$((SECONDS + 3600))
+  until [[ -e $results/$1.made ]] || ((SECONDS > by)); do sleep 1; done
+  [[ -e $results/$1.made && $(<"$results/$1.made") == 0 ]] || { say "the kernel of the guest is not there (see above)"; return 1; }
 }
 
 # Packages first and one after the other: apt has one lock. What only downloads and compiles then goes on beside pip.

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
-from helpers import FABRIC, TIMEOUT_S, Background, pair, picture, wait_until
+from helpers import FABRIC, TIMEOUT_S, Background, pair, picture
 
 import rdmaxfer
 from rdmaxfer.fabric import devices
@@ -254,11 +254,26 @@ def test_a_receiver_that_comes_late_gets_what_is_pushed_from_then_on() -> None:
         assert [seq for seq, _ in take(early, 2)] == [0, 1]
         assert [seq for seq, _ in take(late, 1)] == [1]
         late.close()
-        wait_until(
-            lambda: tx.statistics().peers == 1, "the sender has seen the goodbye"
-        )  # else it may get frame 2, too
         tx.push(picture(2), timeout=TIMEOUT_S)
         assert [seq for seq, _ in take(early, 1)] == [2]
+
+
+@pytest.mark.parametrize("distribute", ["all", "balance"])
+def test_who_has_said_goodbye_gets_nothing_more(distribute: Literal["all", "balance"]) -> None:
+    """Also where only the control plane has brought it, and what was sent before is still on its way."""
+    with rdmaxfer.Sender(distribute=distribute) as tx, rdmaxfer.Receiver() as stays, rdmaxfer.Receiver() as leaves:
+        endpoint = tx.bind("tcp://127.0.0.1:*")
+        stays.connect(endpoint, timeout=TIMEOUT_S)
+        leaves.connect(endpoint, timeout=TIMEOUT_S)
+        tx.wait_for_peers(2, timeout=TIMEOUT_S)
+        leaves._say_goodbye = lambda deadline: None  # type: ignore[method-assign]  # in band
+        leaves.close()
+        assert tx.statistics().peers == 2, "its last messages are waited for"
+        for seq in range(4):
+            tx.push(picture(seq), timeout=TIMEOUT_S)
+        assert [seq for seq, _ in take(stays, 4)] == [0, 1, 2, 3]
+        tx.flush(timeout=TIMEOUT_S)
+        assert tx.statistics().peers_lost == 0
 
 
 def test_objects_that_can_not_travel_are_refused_and_the_stream_goes_on() -> None:

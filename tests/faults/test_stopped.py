@@ -128,7 +128,8 @@ def test_both_sides_that_stand_still_at_a_time_go_on(kind: str, bind: str) -> No
     with stream(kind, bind, options(lease_s)) as (node, here, other):
         for _ in range(2):
             both = f"{os.getpid()} {other.process.pid}"
-            subprocess.run(["sh", "-c", f"kill -STOP {both}; sleep {2.5 * lease_s}; kill -CONT {both}"], check=True)
+            stand_still = f"kill -STOP {both}; sleep {2.5 * lease_s}; kill -CONT {both}"
+            subprocess.run(["sh", "-c", stand_still], check=True, timeout=TIMEOUT_S)
             here.goes_on()
             threading.Event().wait(1.5 * lease_s)  # in which a lease that was not renewed would end
             here.goes_on()

@@ -589,77 +589,72 @@ def test_the_lease_counts_from_when_the_answered_request_was_sent() -> None:
     assert isinstance(world.client_handler.ends[0], PeerLost)
 
 
+class HeldUp:
+    """Both sides of a connection, and what they do after a time in which neither could look."""
+
+    def __init__(self) -> None:
+        self.world = World()
+        self.world.connect()
+        assert self.world.server is not None
+        self.server, self.client = self.world.server, self.world.client
+
+    def look(self, now_s: float, *, late: bool) -> None:
+        for side in (self.server, self.client):
+            if late:
+                side.on_late(now_s)
+            side.on_tick(now_s)
+
+    def check_connected(self) -> None:
+        assert self.client.state is ClientState.CONNECTED
+        assert self.world.client_handler.ends == []
+        assert self.world.server_handler.open
+
+
 def test_who_was_held_up_asks_once_more_before_a_peer_is_dead() -> None:
-    world = World()
-    world.connect()
-    server, client = world.server, world.client
-    assert server is not None
-    now_s = world.now + 100 * LEASE_S
-    for side in (server, client):
-        side.on_late(now_s)
-        side.on_tick(now_s)
-    renew = client.outgoing()
+    sides = HeldUp()
+    now_s = sides.world.now + 100 * LEASE_S
+    sides.look(now_s, late=True)
+    renew = sides.client.outgoing()
     assert renew is not None, "it is asked at once"
-    client.on_reply(server.on_request(renew, "", now_s + 0.01), now_s + 0.02)
-    for side in (server, client):
-        side.on_tick(now_s + 0.9 * LEASE_S)
-    assert client.state is ClientState.CONNECTED
-    assert world.client_handler.ends == []
-    assert world.server_handler.gone_ones == []
+    sides.client.on_reply(sides.server.on_request(renew, "", now_s + 0.01), now_s + 0.02)
+    sides.look(now_s + 0.9 * LEASE_S, late=False)
+    sides.check_connected()
 
 
 def test_who_was_held_up_before_the_answer_came_repeats_the_question() -> None:
-    world = World()
-    world.connect()
-    server, client = world.server, world.client
-    assert server is not None
-    client.on_tick(world.now + LEASE_S / 3)
-    renew = client.outgoing()
+    sides = HeldUp()
+    asked_s = sides.world.now + LEASE_S / 3
+    sides.client.on_tick(asked_s)
+    renew = sides.client.outgoing()
     assert renew is not None
-    answer = server.on_request(renew, "", world.now + LEASE_S / 3)
-    now_s = world.now + 100 * LEASE_S
-    for side in (server, client):
-        side.on_late(now_s)
-        side.on_tick(now_s)
-    assert client.outgoing() == renew, "it is repeated at once"
-    client.on_reply(answer, now_s + 0.1)  # the one to the first question, which had been on its way
-    for side in (server, client):
-        side.on_tick(now_s + 0.3)
-    assert client.state is ClientState.CONNECTED
-    assert world.client_handler.ends == []
-    assert world.server_handler.open
+    answer = sides.server.on_request(renew, "", asked_s)
+    now_s = asked_s + 100 * LEASE_S
+    sides.look(now_s, late=True)
+    assert sides.client.outgoing() == renew, "it is repeated at once"
+    sides.client.on_reply(answer, now_s + 0.1)  # the one to the first question, which had been on its way
+    sides.look(now_s + 0.3, late=False)
+    sides.check_connected()
 
 
 def test_who_is_held_up_again_and_again_finds_a_dead_peer_nevertheless() -> None:
-    world = World()
-    world.connect()
-    server, client = world.server, world.client
-    assert server is not None
-    held_up_s = world.now + 2 * LEASE_S
+    sides = HeldUp()
+    now_s = sides.world.now + 2 * LEASE_S
     for part in (0.0, 0.3, 0.6):
-        for side in (server, client):
-            side.on_late(held_up_s + part * LEASE_S)
-            side.on_tick(held_up_s + part * LEASE_S)
-    assert client.state is ClientState.CONNECTED
-    client.on_late(held_up_s + 0.7 * LEASE_S)
-    client.on_tick(held_up_s + 0.7 * LEASE_S)
-    assert isinstance(world.client_handler.ends[0], PeerLost)
-    assert world.server_handler.open, "the connecting side is the first"
-    server.on_late(held_up_s + LEASE_S)
-    server.on_tick(held_up_s + LEASE_S)
-    assert not world.server_handler.open
+        sides.look(now_s + part * LEASE_S, late=True)
+        sides.check_connected()
+    sides.look(now_s + 0.7 * LEASE_S, late=True)
+    assert isinstance(sides.world.client_handler.ends[0], PeerLost)
+    assert sides.world.server_handler.open, "the connecting side is the first"
+    sides.look(now_s + LEASE_S, late=True)
+    assert not sides.world.server_handler.open
 
 
 def test_who_is_late_does_not_shorten_a_lease() -> None:
-    world = World()
-    world.connect()
-    server, client = world.server, world.client
-    assert server is not None
-    for side in (server, client):
-        side.on_late(world.now)
-        side.on_tick(world.now + 0.9 * LEASE_S)
-    assert client.state is ClientState.CONNECTED
-    assert world.server_handler.open
+    sides = HeldUp()
+    for side in (sides.server, sides.client):
+        side.on_late(sides.world.now)
+    sides.look(sides.world.now + 0.9 * LEASE_S, late=False)
+    sides.check_connected()
 
 
 def test_a_peer_that_is_far_away_is_given_the_time_that_it_took_before() -> None:
