@@ -84,7 +84,7 @@ class Intake:
         """Why the latest program was sent away, if it was."""
         self._sender = sender
         self._lock = threading.Lock()
-        """Over all that the thread that gives slots back uses, too."""
+        """Over all that the thread that gives slots back uses, too. The sender's may be taken with it, not the other way round."""
         self._ring: _Ring | None = None
         self._old: list[_Ring] = []
         """Whose program has gone, with frames on their way."""
@@ -139,7 +139,7 @@ class Intake:
     def end(self) -> None:
         """Unregister all memory: nothing reads from it any more. (The second thread ends with the sender.)"""
         self._threads[0].join(GREETING_S + 2 * TURN_S)
-        with self._lock:
+        with self._lock, self._sender._lock:
             for ring in [*self._old, self._ring]:
                 if ring is not None:
                     ring.free()
@@ -176,8 +176,9 @@ class Intake:
                         if ring is not None:
                             ring.give_back(use.slot)
             for ring in [old for old in self._old if old.idle]:
+                with self._sender._lock:  # endpoints hear that they lose the memory: nobody may use them meanwhile
+                    ring.free()
                 self._old.remove(ring)
-                ring.free()
 
     def _take_in(self) -> None:
         with contextlib.ExitStack() as stack:

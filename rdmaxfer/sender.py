@@ -1053,7 +1053,8 @@ class Sender(Node[SendLink, SendStream]):
         )
         owned.callback(endpoint.close)
         link = SendLink(session, stream, endpoint, owned.pop_all(), pd)
-        self._made_links.add(link)
+        with self._lock:  # which others have who look through them
+            self._made_links.add(link)
         return link
 
     def wishes(self) -> tuple[int, int, int]:

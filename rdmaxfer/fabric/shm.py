@@ -139,8 +139,9 @@ class ShmRegion(soft.Region):
 
     def _destroy(self) -> None:
         assert isinstance(self._parent, ShmProtectionDomain)
-        if self.segment is not None:
-            self._parent.leave_segment(self.segment)
+        segment, self.segment = self.segment, None  # once, also if this is interrupted and begins anew
+        if segment is not None:
+            self._parent.leave_segment(segment)
         super()._destroy()
 
 
@@ -166,7 +167,7 @@ class ShmProtectionDomain(soft.ProtectionDomain):
             self._numbers[segment.address] = (number, uses - 1)
             return
         del self._numbers[segment.address]
-        for child in self._children:
+        for child in list(self._children):  # other threads make endpoints and register memory meanwhile
             if isinstance(child, ShmEndpoint):
                 child.forget(number)
 

@@ -159,6 +159,38 @@ def test_a_removed_region_is_forgotten_by_the_peer(stack: ExitStack) -> None:
 # --- strangers and liars -----------------------------------------------------------------------------------------------
 
 
+def test_memory_may_come_while_other_memory_goes(stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
+    side = Side(stack, bound=True)
+    stack.callback(side.pd.endpoint(shm.ShmRoute(bound=True), send_depth=4, recv_depth=4, remote_write=True).close)
+    forget, added = shm.ShmEndpoint.forget, list[shm.ShmRegion]()
+
+    def forget_beside_others(endpoint: shm.ShmEndpoint, number: int) -> None:
+        added.append(
+            side.pd.register(Buffer(NBYTES, shared=True), remote_write=False)
+        )  # as another thread may at any time
+        forget(endpoint, number)
+
+    monkeypatch.setattr(shm.ShmEndpoint, "forget", forget_beside_others)
+    side.regions[0].close()
+    assert side.regions[0].closed
+    assert len(added) == 2
+    assert not added[0].closed
+
+
+def test_ctrl_c_while_memory_goes(stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
+    side = Side(stack, bound=True)
+
+    def interrupt(endpoint: shm.ShmEndpoint, number: int) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shm.ShmEndpoint, "forget", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            side.regions[0].close()
+    side.regions[0].close()
+    assert side.regions[0].closed
+
+
 def dial(key: bytes) -> socket.socket:
     link = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
