@@ -203,8 +203,8 @@ show_lanes() {
   done
 }
 
-# Prints "RAN FAILED SKIPPED" of a junit file; RAN counts what neither was skipped nor failed before it began.
-counts() {
+# outcome FILE: of a junit file prints "RAN FAILED SKIPPED", and a line for each test that failed. RAN counts what was not skipped.
+outcome() {
   "$venv/bin/python" - "$1" <<'PY'
 import sys, xml.etree.ElementTree as tree
 try:
@@ -212,8 +212,12 @@ try:
 except (OSError, tree.ParseError):
     cases = []
 skipped = sum(case.find("skipped") is not None for case in cases)
-failed = sum(case.find("failure") is not None or case.find("error") is not None for case in cases)
-print(len(cases) - skipped, failed, skipped)
+reasons = [(case, next((each for each in case if each.tag in ("failure", "error")), None)) for case in cases]
+failed = [(case, reason) for case, reason in reasons if reason is not None]
+print(len(cases) - skipped, len(failed), skipped)
+for case, reason in failed:
+    why = " ".join(reason.get("message", "").split())[:200]
+    print(f"  {case.get('classname')}::{case.get('name')}: {why}")
 PY
 }
 
@@ -235,14 +239,15 @@ fi
 failed=() summary=()
 for stage in "${stages[@]}"; do
   read -r status seconds <"$results/$stage.ended"
-  read -r ran bad skipped <<<"$(counts "$results/$stage.xml")"
+  mapfile -t told <<<"$(outcome "$results/$stage.xml")"
+  read -r ran bad skipped <<<"${told[0]}"
   verdict=passed
   if ((status != 0)); then verdict="FAILED (exit status $status)"; fi
   if ((ran == 0)); then verdict="FAILED: no test ran"; fi
   [[ $verdict == passed ]] || failed+=("$stage")
   kind="tests"
   case $stage in host | shm | tcp | browser) ;; *) kind="rdma tests" ;; esac
-  summary+=("$(printf '%-7s %4d %-10s ran, %d failed, %d skipped, %d s: %s' "$stage" "$ran" "$kind" "$bad" "$skipped" "$seconds" "$verdict")")
+  summary+=("$(printf '%-7s %4d %-10s ran, %d failed, %d skipped, %d s: %s' "$stage" "$ran" "$kind" "$bad" "$skipped" "$seconds" "$verdict")" "${told[@]:1}")
 done
 
 printf '\n===== summary =====\n'
