@@ -34,6 +34,7 @@ release=${SETUP_SOFTROCE_KERNEL:-$(uname -r)}
 state=/run/rdmaxfer-softroce
 limits=/etc/security/limits.d/60-rdmaxfer-memlock.conf
 dummy=rxedummy0
+CHECK_S=120   # for one RDMA WRITE: an emulated machine may need half a minute to start perftest
 elsewhere="Or leave the kernel as it is: scripts/softroce_vm.sh -- COMMAND runs a command in a virtual machine that has the device (scripts/softroce_uml.sh: the same at full speed, on Debian and Ubuntu)."
 
 run() { if [[ $dry ]]; then printf '+ %s\n' "$(quoted "$@")"; else as_root "$@"; fi; }
@@ -186,22 +187,22 @@ check_write() {
     printf '+ ib_write_bw -d %s -s 4096 -n 100 (to itself)\n' "$name"
     return
   fi
-  local options server status=0 log attempt
+  local options server status=0 log attempts=0 end=$((SECONDS + CHECK_S))
   options=(-d "$name" -x "$(gid_index)" -s 4096 -n 100 -F -p 18577)
   log=$(mktemp)
-  timeout 30 ib_write_bw "${options[@]}" >"$log" 2>&1 & server=$!
-  for attempt in {1..20}; do   # until the server listens
+  timeout "$CHECK_S" ib_write_bw "${options[@]}" >"$log" 2>&1 & server=$!
+  while :; do   # until the server listens
     sleep 0.2
-    status=0
-    timeout 20 ib_write_bw "${options[@]}" 127.0.0.1 >"$log.client" 2>&1 || status=$?
-    if ((status == 0)) || ! grep -qi 'connect' "$log.client"; then break; fi
+    status=0 attempts=$((attempts + 1))
+    timeout "$CHECK_S" ib_write_bw "${options[@]}" 127.0.0.1 >"$log.client" 2>&1 || status=$?
+    if ((status == 0 || SECONDS >= end)) || ! grep -qi 'connect' "$log.client" || ! kill -0 "$server" 2>/dev/null; then break; fi
   done
   kill "$server" 2>/dev/null || true
   wait "$server" 2>/dev/null || true
   if ((status)); then
     cat "$log" "$log.client" >&2
     rm -f "$log" "$log.client"
-    die "$name is there, but an RDMA WRITE to itself failed after $attempt attempts (see above). \"Couldn't allocate MR\" or \"Cannot allocate memory\": ulimit -l is too low, log in again. A retry error: a firewall drops UDP port 4791"
+    die "$name is there, but an RDMA WRITE to itself failed after $attempts attempts (see above). \"Couldn't allocate MR\" or \"Cannot allocate memory\": ulimit -l is too low, log in again. A retry error: a firewall drops UDP port 4791"
   fi
   rm -f "$log" "$log.client"
   say "checked: RDMA WRITEs through $name arrive"

@@ -99,7 +99,7 @@ for stage in "${stages[@]}"; do
 done
 if has_stage browser && ! command -v chromium google-chrome >/dev/null; then need_packages --apt chromium --dnf chromium; fi
 if has_stage vm || has_stage nodes; then
-  need_packages --apt nftables --dnf nftables
+  need_packages --apt nftables perftest --dnf nftables perftest   # guests have no network to install it from
   "$here/softroce_vm.sh" tools
   in_background make_kernel vm prepare
 fi

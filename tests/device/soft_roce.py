@@ -12,7 +12,7 @@ OTHER_ADDRESS = "10.97.44.9"
 
 
 def run(*command: str) -> None:
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=TIMEOUT_S)
+    subprocess.run(command, check=True, timeout=TIMEOUT_S)
 
 
 class SoftRoCE:
