@@ -14,7 +14,7 @@ import rdmaxfer
 
 VICTIM = """
 import sys, rdmaxfer
-tx = rdmaxfer.Sender(lease_s=1.0)
+tx = rdmaxfer.Sender(lease_s=2.0)
 tx.connect(sys.argv[1], timeout=60)
 print("connected", flush=True)
 sys.stdin.read()
@@ -63,7 +63,7 @@ def test_both_sides_hear_of_each_other(bind: str) -> None:
 
 def test_a_peer_that_was_killed_is_lost_although_nobody_polls() -> None:
     log = Log()
-    with rdmaxfer.Receiver(on_state=log, lease_s=1.0, reconnect_s=1.0) as rx:
+    with rdmaxfer.Receiver(on_state=log, lease_s=2.0, reconnect_s=1.0) as rx:
         victim = spawn(VICTIM, rx.bind("tcp://127.0.0.1:*"))
         try:
             wait_until(lambda: log.states == ["connected"], "it connected")

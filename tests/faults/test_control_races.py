@@ -139,7 +139,7 @@ def test_who_has_given_up_connecting_is_not_waited_for(bind: str) -> None:
 
 @BINDS
 def test_a_flood_of_handshakes_breaks_no_lease(bind: str, route: Route) -> None:
-    both = {"lease_s": 2.0, "slots": 4}
+    both = {"lease_s": 3.0, "slots": 4}
     small = {**both, "slot_bytes": 16384}  # of the 300, each gets a ring
     with through(bind, sender=both, receiver=small) as (_, tx, rx), streaming(tx, rx) as stream:
         bound: Any = rx if bind == "receiver" else tx

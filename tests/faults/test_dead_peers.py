@@ -17,7 +17,7 @@ from helpers import FABRIC, TIMEOUT_S, Background, pair, picture, resources, spa
 
 import rdmaxfer
 
-LEASE_S = 1.0
+LEASE_S = 2.0
 NOTICED_S = 12.0
 """Within this time the loss of a peer must be known: the lease, the transport's own retries, and patience for a slow machine."""
 
@@ -40,7 +40,7 @@ def on_state(change):
     if change.state == "lost":
         lost.set()
 
-with rdmaxfer.Sender(lease_s=1.0, slots=4, reconnect=False, on_state=on_state) as tx:
+with rdmaxfer.Sender(lease_s=2.0, slots=4, reconnect=False, on_state=on_state) as tx:
     if how == "connect":
         tx.connect(endpoint, timeout=60)
     else:
@@ -62,7 +62,7 @@ with rdmaxfer.Sender(lease_s=1.0, slots=4, reconnect=False, on_state=on_state) a
 RECEIVER = """
 import sys, rdmaxfer
 how, endpoint = sys.argv[1:]
-with rdmaxfer.Receiver(lease_s=1.0, slots=4, reconnect=False) as rx:
+with rdmaxfer.Receiver(lease_s=2.0, slots=4, reconnect=False) as rx:
     if how == "connect":
         rx.connect(endpoint, timeout=60)
     else:
