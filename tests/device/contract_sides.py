@@ -85,6 +85,14 @@ class Side:
                 path_mtu=there["active_mtu"],
             )
 
+    def settle(self) -> None:
+        """Wait until what is posted goes out at once. By TCP, a bound side that nobody polls waits but a moment for the peer to say
+        who it is, and ZeroMQ may take longer to bring that."""
+        end_s = time.monotonic() + TIMEOUT_S
+        while FABRIC == "tcp" and self.endpoint._peer is None:
+            assert time.monotonic() < end_s, "the peer did not say who it is"
+            self._wait(0.05)
+
     def write(
         self, data: bytes, *, imm: int, wr_id: int = 1, signaled: bool = True, at: int = 0, rkey: int = 0
     ) -> None:

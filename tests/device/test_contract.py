@@ -37,6 +37,8 @@ def sides(request: pytest.FixtureRequest, stack: ExitStack) -> tuple[Side, Side]
     target.connect(here)
     for side in (source, target):
         side.endpoint.start()
+    for side in (source, target):
+        side.settle()
     return source, target
 
 
