@@ -44,10 +44,15 @@ def pair(
         yield tx, rx
 
 
-def resources() -> dict[str, int]:
-    """Verbs objects by kind, from `rdma resource show`; on another fabric, what this process has open of it."""
+def resources(*, settled: bool = False) -> dict[str, int]:
+    """Verbs objects by kind, from `rdma resource show`; on another fabric, what this process has open of it. `settled`: wait until
+    connections that have ended are taken down, which they are a moment after nobody counts them any more."""
     if FABRIC != "verbs":
         return _at_rest(_open_owners)
+    return _at_rest(_on_devices) if settled else _on_devices()
+
+
+def _on_devices() -> dict[str, int]:
     out = subprocess.run(
         ["rdma", "resource", "show"], capture_output=True, text=True, check=True, timeout=TIMEOUT_S
     ).stdout

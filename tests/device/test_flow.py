@@ -211,7 +211,7 @@ def test_fifty_connections_leave_nothing_behind() -> None:
         before: dict[str, int] = {}
         for cycle in range(51):
             if cycle == 1:
-                before = resources()
+                before = resources(settled=True)
             with rdmaxfer.Sender(slots=4) as tx:
                 tx.connect(endpoint, timeout=TIMEOUT_S)
                 tx.push(picture(cycle), timeout=TIMEOUT_S)

@@ -133,7 +133,7 @@ def test_a_sender_that_dies_under_load(how: str, blow: signal.Signals) -> None:
         with peer(SENDER, "connect", rx, endpoint):  # a first one, so that what is made once is there
             rx.recv(timeout=TIMEOUT_S).release()
         forget_peers(rx)
-        before = resources()
+        before = resources(settled=True)
         lost = rx.statistics().peers_lost
         with peer(SENDER, how, rx, endpoint) as process:
             for _ in range(20):
@@ -161,7 +161,7 @@ def test_a_receiver_that_dies_under_load(how: str, blow: signal.Signals) -> None
         with peer(RECEIVER, "connect", tx, endpoint):
             warm_up(tx, None, 4)
         forget_peers(tx)
-        before = resources()
+        before = resources(settled=True)
         with peer(RECEIVER, how, tx, endpoint) as process:
             for seed in range(20):
                 tx.push(picture(seed), timeout=TIMEOUT_S)

@@ -188,7 +188,7 @@ def test_a_thousand_half_open_handshakes(bound: str, route: Route) -> None:
     with living(bound) as live:
         Knocking(live.endpoint, route, role, 20).thread.result()  # what is made once is there then
         wait_until(lambda: counted(live.here).sessions == 1, "the first ones expired")
-        before, memory = resources(), resident_bytes()
+        before, memory = resources(settled=True), resident_bytes()
         knocking = Knocking(live.endpoint, route, role, 1000)
         wait_until(lambda: counted(live.here).sessions > 20, "many are half open")
         live.unharmed(reconnects=True)
